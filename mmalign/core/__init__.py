@@ -1,0 +1,1 @@
+"""The preference-optimization core: types, objectives and references, in pure torch."""

@@ -1,0 +1,103 @@
+"""The words that every layer shares: samples, log-probs, pairs, and the protocol of a modality.
+
+Only torch and the standard library are imported here. Units: token log-probs are nats, summed over tokens; a diffusion
+log-prob is -1/2 w(t) x the mean over latent dimensions of the squared error (arXiv 2311.12908), one action per sample.
+Beta is therefore not comparable across modalities, weightings or resolutions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One answer to one prompt, as a modality reads it.
+
+    `group` says which samples answer the same prompt. `draw` seeds every random draw made for the sample (timestep,
+    noise, dropout, augmentation). It is equal within a group and depends on (seed, epoch, place in the epoch) alone, so
+    that no draw depends on the batch size, the number of ranks or a resume.
+    """
+
+    key: str
+    prompt: Any
+    group: int
+    draw: int
+    prompt_images: tuple[Image, ...] = ()
+    image: Image | None = None
+    text: str | None = None
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LogProbs:
+    """log pi(action) and the weight of each action; weight 0 marks padding and everything else that must not count."""
+
+    values: Float[Tensor, "sample action"]
+    weight: Float[Tensor, "sample action"]
+
+    def sum(self) -> Float[Tensor, " sample"]:
+        """Weighted sum over actions. Values of weight 0 are never touched, be they NaN or infinite."""
+        return (self.values.masked_fill(self.weight == 0, 0.0) * self.weight).sum(-1)
+
+    def length(self) -> Float[Tensor, " sample"]:
+        """|y|, the sum of the weights."""
+        return self.weight.sum(-1)
+
+    def mean(self) -> Float[Tensor, " sample"]:
+        """Weighted mean over actions; 0 for a sample without any."""
+        return self.sum() / self.length().clamp_min(torch.finfo(self.weight.dtype).tiny)
+
+    def nll(self) -> Float[Tensor, ""]:
+        """Negative log-likelihood per action over the whole micro-batch: a token mean, not a mean of means."""
+        return -self.sum().sum() / self.weight.sum().clamp_min(torch.finfo(self.weight.dtype).tiny)
+
+    def rows(self, start: int, stop: int) -> LogProbs:
+        return LogProbs(self.values[start:stop], self.weight[start:stop])
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Log-probs of chosen and rejected samples, row by row. A liked-only batch has no rejected rows."""
+
+    chosen: LogProbs
+    rejected: LogProbs
+
+    @staticmethod
+    def split(log_probs: LogProbs, chosen: int) -> Pair:
+        """The first `chosen` rows are the chosen samples, the rest the rejected ones."""
+        return Pair(log_probs.rows(0, chosen), log_probs.rows(chosen, len(log_probs.values)))
+
+
+class Modality(Protocol):
+    """How likely a sample is, action by action, under a given network.
+
+    The network is an argument, never an attribute that `log_prob` reads: policy and reference then see the same noise
+    by construction, and a reference that silently is the policy cannot happen.
+    """
+
+    def prepare(self, samples: Sequence[Sample]) -> Any:
+        """Frozen encoders, tokens, noise and timesteps, without gradient: drawn once, read by policy and
+        reference alike."""
+        ...
+
+    def log_prob(self, network: nn.Module, inputs: Any) -> LogProbs:
+        """Log-probs in fp32, (sample, action)."""
+        ...
+
+    def generate(self, network: nn.Module, prompts: Sequence[Any], seeds: Sequence[int], sampling: Any) -> list[Sample]:
+        """One sample per prompt; sample i depends on prompts[i] and seeds[i] alone, never on its batch."""
+        ...
+
+    def metrics(self, inputs: Any, policy: Pair, reference: Pair | None) -> dict[str, Tensor]:
+        """Numbers that only this modality knows, e.g. the denoising errors of Diffusion-DPO; detached scalars."""
+        ...

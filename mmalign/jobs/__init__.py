@@ -1,0 +1,1 @@
+"""One file per verb: where world, modality, scorer, source and loop meet."""
