@@ -146,16 +146,17 @@ def _plain(value: Any) -> str:
 
 
 def _comments(schema: Any) -> dict[str, list[str]]:
-    """The comment lines above each field, from the source of the dataclass."""
+    """The comment lines above each field, or the comment behind it, from the source of the dataclass."""
     found: dict[str, list[str]] = {}
     pending: list[str] = []
     for line in inspect.getsource(schema).splitlines():
         text = line.strip()
-        field = re.match(r"(\w+)\s*:", text)
+        field = re.match(r"(\w+)\s*:[^#]*(#.*)?", text)
         if text.startswith("#"):
             pending.append(text.lstrip("# "))
         elif field:
-            found[field[1]], pending = pending, []
+            behind = [field[2].lstrip("# ")] if field[2] else []
+            found[field[1]], pending = [*pending, *behind], []
         else:
             pending = []
     return found

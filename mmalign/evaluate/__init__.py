@@ -1,0 +1,1 @@
+"""Evaluation: judged samples, the table with intervals, and the report."""

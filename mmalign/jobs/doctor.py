@@ -1,0 +1,109 @@
+"""Versions, devices, attention backends; and with a training config what it will need, before anything is loaded.
+
+    mmalign doctor
+    mmalign doctor configs/sdxl_dpo_lora.yaml
+
+Memory is worked out on tensors without storage, from the small configuration files of the model alone. Under torchrun,
+or with WORLD_SIZE set, the batch geometry is that of all processes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from mmalign.core.objectives import bind_objective
+from mmalign.data import Manifest
+from mmalign.evaluate.report import installed_versions
+from mmalign.jobs import train
+from mmalign.jobs.generate import device_of
+from mmalign.jobs.sources import with_shipped_model
+from mmalign.modalities import memory
+from mmalign.modalities.diffusion_loading import read_config
+
+POSITIONAL = ""
+GIB = 2**30
+
+
+# The keys of a training config; without `data.shards` only the machine is described.
+Settings = train.Settings
+
+
+def run(settings: train.Settings) -> dict[str, str]:
+    """Prints the tables and returns their rows."""
+    rows = _machine()
+    console = Console()
+    console.print(_table("this machine", rows))
+    if settings.data.shards:
+        needs = _needs(settings)
+        console.print(_table("what this config needs", needs))
+        rows |= needs
+    return rows
+
+
+def _machine() -> dict[str, str]:
+    rows = installed_versions()
+    for index in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(index)
+        rows[f"cuda:{index}"] = f"{found.name}, {found.total_memory / GIB:.0f} GiB"
+    free = memory.available(torch.device("cpu"))
+    rows["cpu"] = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {free / GIB:.1f} GiB free"
+    has_xformers = importlib.util.find_spec("xformers") is not None
+    rows["attention"] = "sdpa, xformers" if has_xformers else "sdpa (xformers is not installed: pip install 'mmalign[gpu]')"
+    return rows
+
+
+def _needs(settings: train.Settings) -> dict[str, str]:
+    objective = bind_objective(settings.objective)
+    kind = train.reference_kind(settings, objective)
+    manifest = Manifest.read(settings.data.shards, settings.data.cache)
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    geometry = settings.training.geometry(0, ranks)
+    samples = geometry.micro_batch_size * (1 if objective.chosen_only else 2)
+    model = with_shipped_model(settings.model)
+    estimate = memory.estimate(
+        model,
+        read_config(model.path),
+        train.DTYPES[settings.training.mixed_precision],
+        samples,
+        settings.training.optimizer,
+        frozen_copy=kind == "copy",
+        need_vae=manifest.encoder is None,
+    )
+    device = device_of(settings.device)
+    free = memory.available(device)
+    checkpointing = estimate.wants_checkpointing(free)
+    return {
+        "objective": f"{objective.name}, reference {kind}",
+        "parameters": f"{estimate.network_parameters:,} in the network, {estimate.trained_parameters:,} to train",
+        "weights": _size(estimate.network + estimate.reference + estimate.frozen),
+        "gradients and optimizer": _size(estimate.gradients + estimate.optimizer),
+        "activations": f"{_size(estimate.activations)}, {_size(estimate.activations_checkpointed)} with checkpointing",
+        "in all": f"{_size(estimate.total(checkpointing))} of {_size(free)} free on {device}",
+        "gradient_checkpointing: auto": "on" if checkpointing else "off",
+        "records": f"{manifest.records:,} in {len(manifest.shards)} shards"
+        + (", latents" if manifest.encoder else ", pictures: each step passes the VAE; see `mmalign encode`"),
+        "batch": f"{settings.training.batch_size} = {geometry.micro_batch_size} x {geometry.accumulation} "
+        f"accumulated x {ranks} processes",
+        "an epoch": f"{manifest.records / settings.training.batch_size:,.1f} steps; "
+        f"max_steps {settings.training.max_steps} are {_epochs(settings, manifest):.2f} epochs",
+    }
+
+
+def _epochs(settings: train.Settings, manifest: Manifest) -> float:
+    return settings.training.max_steps * settings.training.batch_size / manifest.records
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:.2f} GiB"
+
+
+def _table(title: str, rows: dict[str, str]) -> Table:
+    table = Table(title=title, show_header=False, title_justify="left")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table

@@ -1,0 +1,76 @@
+"""N candidates for each prompt, drawn from a model and written to shards.
+
+    mmalign generate output=runs/candidates prompts=world:train count=512
+    mmalign generate config.yaml model.path=my/stable-diffusion prompts=prompts.txt
+
+Works shard by shard: shards that exist are skipped, so that it can be killed and run again. Under torchrun the shards
+are shared out among the processes. The picture of a candidate depends on (seed, prompt number, candidate number) alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from mmalign.data import Candidate, Record
+from mmalign.jobs.shards import work_through
+from mmalign.jobs.sources import read_prompts, seed_of, with_shipped_model
+from mmalign.modalities.diffusion import DiffusionSampling, DiffusionSettings, load
+
+POSITIONAL = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    # folder of the new shards
+    output: str
+    # world:train, world:tune, world:test, a .txt file (a prompt a line) or a .jsonl file ({"prompt": ...} a line)
+    prompts: str = "world:train"
+    # how many prompts; null: all of the file
+    count: int | None = None
+    # pictures for each prompt
+    candidates: int = 4
+    seed: int = 0
+    records_per_shard: int = 128
+    # [place, of how many]: this process's part of the shards; null: RANK and WORLD_SIZE, as torchrun sets them
+    share: tuple[int, int] | None = None
+    # cpu, cuda, cuda:1, mps; auto takes what is there
+    device: str = "auto"
+    model: DiffusionSettings = field(default_factory=DiffusionSettings)
+    sampling: DiffusionSampling = field(default_factory=DiffusionSampling)
+
+
+def run(settings: Settings) -> Path:
+    prompts = read_prompts(settings.prompts, settings.count, settings.seed)
+    modality, network = load(
+        with_shipped_model(settings.model), device=device_of(settings.device), dtype=torch.float32, need_vae=True
+    )
+
+    def records_of(name: str) -> Iterator[Record]:
+        start = int(Path(name).stem) * settings.records_per_shard
+        numbers = range(start, min(start + settings.records_per_shard, len(prompts)))
+        jobs = [(number, candidate) for number in numbers for candidate in range(settings.candidates)]
+        samples = modality.generate(
+            network,
+            [prompts[number] for number, _ in jobs],
+            [seed_of(settings.seed, number, candidate) for number, candidate in jobs],
+            settings.sampling,
+        )
+        for place, number in enumerate(numbers):
+            drawn = samples[place * settings.candidates : (place + 1) * settings.candidates]
+            candidates = [Candidate(image=sample.image, source=settings.model.path) for sample in drawn]
+            yield Record(key=f"{number:08d}", prompt=prompts[number], candidates=candidates)
+
+    count = -(-len(prompts) // settings.records_per_shard)
+    names = [f"{index:06d}.tar" for index in range(count)]
+    return work_through(Path(settings.output), names, records_of, "generate, shards", share=settings.share)
+
+
+def device_of(name: str) -> torch.device:
+    """`auto` takes an accelerator if there is one."""
+    if name != "auto":
+        return torch.device(name)
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")

@@ -1,0 +1,27 @@
+"""The scorers that a config can name: the world's oracle, and CLIP from a local weights file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mmalign.evaluate.world import oracle_score
+from mmalign.feedback import Scorer, clip_score
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScorerSettings:
+    # oracle: exact, for prompts and pictures of the embedded world; clip: 100 x cosine of picture and prompt
+    name: Literal["oracle", "clip"] = "oracle"
+    # clip: a local weights file, .safetensors or a torch file of tensors
+    weights: str | None = None
+    # clip: an open_clip architecture, or the path of a model config in its JSON format
+    architecture: str = "ViT-B-32"
+
+
+def load_scorer(settings: ScorerSettings, device: str) -> Scorer:
+    if settings.name == "oracle":
+        return oracle_score
+    if settings.weights is None:
+        raise ValueError("scorer.name is clip, which needs scorer.weights: a local weights file")
+    return clip_score(settings.weights, settings.architecture, device)

@@ -1,0 +1,86 @@
+"""What is wrong with a run, in plain words, while it can still be stopped. Only checks that are never a matter of taste."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+LN_2 = math.log(2)
+STEP_ZERO_TOLERANCE = 1e-6
+# Steps whose margins are all exactly 0 before that is reported; a single one can be rounding.
+PATIENCE = 3
+WAIT_SHARE = 0.1
+
+
+class Health:
+    """Findings of one run. Its state travels with the checkpoints, so that a resume reports the same."""
+
+    def __init__(self, max_skipped_steps: int, at_equality: float | None):
+        self.findings: list[str] = []
+        self.skipped_steps = 0
+        self._max_skipped = max_skipped_steps
+        self._at_equality = at_equality
+        self._still = 0
+        self._fresh = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"findings": self.findings, "skipped_steps": self.skipped_steps, "still": self._still}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.findings = list(state["findings"])
+        self.skipped_steps, self._still, self._fresh = state["skipped_steps"], state["still"], len(self.findings)
+
+    def fresh(self) -> list[str]:
+        """The findings since the last call."""
+        news, self._fresh = self.findings[self._fresh :], len(self.findings)
+        return news
+
+    def observe(self, step: int, loss: float, grad_norm: float, metrics: Mapping[str, float]) -> None:
+        """Looks at a step whose loss and gradient are finite."""
+        if step == 0:
+            self._look_at_start(loss, grad_norm)
+        if "rewards/margins" not in metrics or step == 0:
+            return
+        self._still = self._still + 1 if metrics["rewards/margins"] == 0 else 0
+        if self._still == PATIENCE:
+            self.findings.append(
+                f"step {step}: the margins have been exactly 0 since step {step - PATIENCE + 1}. After an update policy "
+                "and reference must differ: either the reference is the policy itself, or no update reaches the weights "
+                "(check reference, model.lora and training.learning_rate)"
+            )
+
+    def _look_at_start(self, loss: float, grad_norm: float) -> None:
+        expected = self._at_equality
+        if expected is not None and abs(loss - expected) > STEP_ZERO_TOLERANCE * max(1.0, abs(expected)):
+            name = "ln 2" if abs(expected - LN_2) < 1e-9 else "its value for equal models"
+            self.findings.append(
+                f"step 0: the loss is {loss:.6f}, not {expected:.6f} ({name}). Before the first update policy and "
+                "reference should agree: look for another reference model, dropout in the policy, or different precision"
+            )
+        if grad_norm == 0:
+            self.findings.append("step 0: the gradient is exactly 0, so nothing is being learned (check model.lora)")
+
+    def skip(self, step: int, reason: str, keys: Sequence[str]) -> None:
+        """Records a step without an update. Raises ValueError when there were too many."""
+        self.skipped_steps += 1
+        named = f" ({', '.join(keys)})" if keys else ""
+        self.findings.append(f"step {step}: skipped, {reason}{named}")
+        if self.skipped_steps > self._max_skipped:
+            raise ValueError(
+                f"{self.skipped_steps} steps were skipped, more than training.max_skipped_steps "
+                f"({self._max_skipped}); the last one, step {step}: {reason}{named}. Look at these records, lower "
+                "training.learning_rate, or use training.mixed_precision: bf16 or no"
+            )
+
+    def finish(self, data_wait: float, truncated_prompts: int, errors: Mapping[str, int]) -> None:
+        """What only the whole run shows."""
+        if data_wait > WAIT_SHARE:
+            self.findings.append(
+                f"{data_wait:.0%} of the time was spent waiting for records; raise data.workers, or encode latents first"
+            )
+        if truncated_prompts:
+            self.findings.append(f"{truncated_prompts} prompts were longer than the text encoder reads and were cut off")
+        if errors:
+            counts = ", ".join(f"{kind} {count}" for kind, count in sorted(errors.items()))
+            self.findings.append(f"{sum(errors.values())} records were skipped: {counts}")

@@ -1,0 +1,85 @@
+"""Configs are strict, and their errors name the key to change."""
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from mmalign.config import build, describe, load, to_dict, to_yaml
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    # rank of the update
+    rank: int = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    # step size of the optimizer,
+    # after warm-up
+    learning_rate: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    output: str
+    lora: Lora | None = None
+    optimizer: Optimizer = field(default_factory=Optimizer)
+
+
+def test_file_then_overrides_in_order(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("output: here\noptimizer: {learning_rate: 1e-5}\n")
+    settings = load(Settings, path, ["optimizer.betas=[0.5, 0.6]", "lora.rank=4", "output=there"])
+    assert settings == Settings(
+        output="there", lora=Lora(rank=4), optimizer=Optimizer(learning_rate=1e-5, betas=(0.5, 0.6))
+    )
+
+
+def test_saved_settings_read_back_equal(tmp_path):
+    settings = Settings(output="x", lora=Lora())
+    path = tmp_path / "config.yaml"
+    path.write_text(to_yaml(settings))
+    assert load(Settings, path) == settings
+    assert to_dict(settings)["lora"] == {"rank": 8}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "missing key output"),
+        ({"output": "x", "lor": {}}, r"unknown key lor: did you mean lora\?"),
+        ({"output": "x", "optimizer": {"learning_rat": 1}}, r"did you mean optimizer\.learning_rate\?"),
+        ({"output": "x", "lora": {"rang": 1}}, r"did you mean lora\.rank\?"),
+        ({"output": "x", "optimizer": {"learning_rate": "fast"}}, r"optimizer\.learning_rate is 'fast'"),
+        ({"output": "x", "zzz": 1}, "expected one of output, lora, optimizer"),
+    ],
+)
+def test_errors_teach(values, message):
+    with pytest.raises(ValueError, match=message):
+        build(Settings, values)
+
+
+def test_bad_files_and_overrides(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no config file"):
+        load(Settings, tmp_path / "none.yaml")
+    (tmp_path / "bad.yaml").write_text("a: [1")
+    with pytest.raises(ValueError, match="not valid YAML"):
+        load(Settings, tmp_path / "bad.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ValueError, match="holds a list"):
+        load(Settings, tmp_path / "list.yaml")
+    with pytest.raises(ValueError, match="look like"):
+        load(Settings, None, ["output"])
+    with pytest.raises(ValueError, match="not a section"):
+        load(Settings, None, ["output=x", "output.y=1"])
+
+
+def test_description_shows_comments_and_defaults():
+    text = describe(Settings)
+    assert "output: (required)" in text
+    assert "# step size of the optimizer," in text
+    assert "# after warm-up" in text
+    assert "learning_rate: 0.0001" in text
+    assert "rank: 8" in text
