@@ -32,7 +32,13 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one verb. Exit code 0: done; 1: a bug, with its traceback; 2: the user can mend it, in one message."""
-    args = _parser().parse_args(arguments)
+    parser = _parser()
+    # argparse gives up on words that follow an option; they are ours.
+    args, rest = parser.parse_known_args(arguments)
+    for word in rest:
+        if word.startswith("-"):
+            parser.error(f"unknown option {word}; see mmalign {args.verb} --help")
+    args.words += rest
     if args.help:
         print(_help(args.verb))
         return

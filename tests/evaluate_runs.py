@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import random
 
+from mmalign.evaluate.statistics import Interval
 from mmalign.evaluate.suite import Run
 from mmalign.evaluate.world import judge_pictures
 from mmalign.world import Caption, Scene, corrupt, random_scene, render
 from mmalign.world.datasets import prompts
 from mmalign.world.scene import Object
+
+
+def known(interval: Interval | None) -> Interval:
+    assert interval is not None
+    return interval
 
 
 def draw(caption: Caption, generator: random.Random) -> Scene:

@@ -15,7 +15,7 @@ from mmalign.evaluate.comparison import compare
 from mmalign.evaluate.curves import draw_curves
 from mmalign.evaluate.report import Report, installed_versions, write_report, write_results
 from mmalign.evaluate.suite import Judged, Run, summarise
-from tests.evaluate_runs import world_run
+from tests.evaluate_runs import known, world_run
 
 VOID = {"meta", "img", "br", "link", "input", "hr", "path", "use", "rect"}
 
@@ -79,8 +79,16 @@ def test_the_page_is_complete_and_stands_alone(tmp_path, runs):
     for expected in ("2 of 2 training seeds", "Loss", "step 3: skipped", "1,131", "record 000017", "Every seed"):
         assert expected in text
     row = summarise(runs)[-1]
-    assert f"dpo gets {100 * row.accuracy.value:.1f}% of 40 held-out prompts right" in text
+    asked = f"40 samples for {row.prompts} different held-out prompts"
+    assert f"dpo gets {100 * known(row.accuracy).value:.1f}% of {asked} right" in text
     assert str(tmp_path) not in text
+
+
+def test_repeated_prompts_are_not_counted_as_different_ones(tmp_path):
+    rows = summarise([world_run("base", 0.0, 5, each=3)])
+    assert (
+        "of 15 samples for 5 different held-out prompts right" in write_report(tmp_path, Report("a", rows)).read_text()
+    )
 
 
 def test_results_hold_the_same_table(tmp_path, runs):
@@ -89,7 +97,7 @@ def test_results_hold_the_same_table(tmp_path, runs):
     saved = json.loads((tmp_path / "results.json").read_text())
     assert [row["name"] for row in saved] == ["base", "dpo", "dpo", "dpo"]
     assert saved[1]["seed"] == 0
-    assert saved[1]["accuracy"] == dataclasses.asdict(rows[1].accuracy)
+    assert saved[1]["accuracy"] == rows[1].to_dict()["accuracy"]
     assert saved[0]["gain"] is None
     assert set(saved[3]["gain_by_fact"]) == {"object", "attribute", "relation"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "results.json"]
@@ -99,7 +107,9 @@ def test_prompts_and_configs_cannot_inject_markup(tmp_path):
     evil = "<script>alert(1)</script>"
     judged = [Judged(evil, evil, 0, 0.5, image=Image.new("RGB", (8, 8)))]
     runs = [Run("base", judged), Run(evil, judged)]
-    report = Report(evil, summarise(runs), comparison=compare(*runs), config=evil, command=evil, health=[evil])
+    report = Report(
+        evil, summarise(runs), comparison=compare(runs[0], runs[1]), config=evil, command=evil, health=[evil]
+    )
     metrics = {evil: [write_metrics(tmp_path / "m.jsonl")], "other": [tmp_path / "m.jsonl"]}
     text = write_report(tmp_path, dataclasses.replace(report, metrics=metrics)).read_text()
     assert Page(text).scripts == 0
@@ -118,6 +128,7 @@ def test_the_headline_says_what_the_interval_says(tmp_path, shift):
     assert ("no difference is shown" in text) == (shift == 0)
     assert "On 30 held-out prompts, dpo scores" in text
     assert "health checks" not in text
+    assert "different prompt" not in text
 
 
 def test_one_model_alone_and_large_pictures(tmp_path):
@@ -125,16 +136,20 @@ def test_one_model_alone_and_large_pictures(tmp_path):
     Image.new("RGB", (900, 600), (200, 30, 30)).save(picture)
     judged = [Judged("a red wall", "any", 0, 31.0, image=picture)]
     alone = summarise([Run("base", judged)], bounds=None)
-    assert "base scores 31 on 1 held-out prompts" in write_report(tmp_path / "a", Report("one", alone)).read_text()
+    text = write_report(tmp_path / "a", Report("one", alone)).read_text()
+    assert "base scores 31 on 1 held-out prompts" in text
+    assert "Only 1 different prompt:" in text
     runs = [Run("base", judged, guidance=5.0), Run("dpo", judged, guidance=5.0)]
-    both = Report("two", summarise(runs, bounds=None), comparison=compare(*runs))
+    both = Report("two", summarise(runs, bounds=None), comparison=compare(runs[0], runs[1]))
     text = write_report(tmp_path / "b", both).read_text()
     assert text.count("data:image/jpeg") == 2
     assert len(text) < 60_000
 
 
 def test_curves_survive_gaps_and_take_colours_from_the_page(tmp_path):
-    path = write_metrics(tmp_path / "m.jsonl", model_w_err=0.2, ref_w_err=0.2, model_l_err=0.3, ref_l_err=0.2, grad_norm=None)
+    path = write_metrics(
+        tmp_path / "m.jsonl", model_w_err=0.2, ref_w_err=0.2, model_l_err=0.3, ref_l_err=0.2, grad_norm=None
+    )
     with path.open("a") as file:
         file.write('{"step": 60, "loss": null}\n{"step": 61, "lo')
     panels = draw_curves({"dpo": [path], "sft": [write_metrics(tmp_path / "s.jsonl", steps=900)]})
@@ -156,7 +171,7 @@ def test_nothing_half_written_and_clear_errors(tmp_path, runs):
     with pytest.raises(ValueError, match="no row of results"):
         write_report(tmp_path, Report("other", rows, comparison=compare(runs[0], runs[1])))
     assert not (tmp_path / "report.html").exists()
+    (tmp_path / "results.json").mkdir()
     with pytest.raises(OSError, match=r"cannot write .*results\.json"):
-        (tmp_path / "results.json").mkdir()
         write_results(tmp_path / "results.json", rows)
     assert [path.name for path in tmp_path.iterdir()] == ["results.json"]

@@ -1,6 +1,7 @@
 """CLIP scores, on a real and very small CLIP built from a config and saved to a file."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ def clip(tmp_path_factory):
     return folder / "weights.safetensors", str(config)
 
 
-def sample(number: int, prompt="a red circle", image="made") -> Sample:
+def sample(number: int, prompt: Any = "a red circle", image: str = "made") -> Sample:
     picture = Image.new("RGB", (40, 40), (40 * number % 256, 90, 200)) if image == "made" else None
     return Sample(key=f"{number:06d}", prompt=prompt, group=number, draw=number, image=picture)
 
@@ -43,7 +44,8 @@ def test_score_is_a_hundred_times_the_cosine(clip):
 
     weights, architecture = clip
     one = sample(3)
-    model, _, transform = open_clip.create_model_and_transforms("tiny-clip", pretrained=str(weights))
+    made: Any = open_clip.create_model_and_transforms("tiny-clip", pretrained=str(weights))
+    model, _, transform = made
     with torch.no_grad():
         picture = model.eval().encode_image(transform(one.image)[None])
         text = model.encode_text(open_clip.get_tokenizer("tiny-clip")([one.prompt]))

@@ -57,7 +57,10 @@ def diffusion_samples() -> list[Sample]:
 def load_diffusion(make: Callable[[Path], Path], lora: bool) -> Callable[[Path], Case]:
     def load(folder: Path) -> Case:
         settings = diffusion.DiffusionSettings(
-            path=str(make(folder)), lora=LoraSettings(rank=2, alpha=4.0) if lora else None, flip=0.5, caption_dropout=0.2
+            path=str(make(folder)),
+            lora=LoraSettings(rank=2, alpha=4.0) if lora else None,
+            flip=0.5,
+            caption_dropout=0.2,
         )
         modality, network = diffusion.load(settings, CPU)
         sampling = diffusion.DiffusionSampling(guidance_scale=3.0, inference_steps=2, batch_size=2)

@@ -144,7 +144,8 @@ def _expand(opener: Any, temporary: Path) -> None:
     try:
         with opener(temporary, "rb") as stream, open(expanded, "wb") as file:
             try:
-                shutil.copyfileobj(stream, file, 1 << 20)
+                while chunk := stream.read1(1 << 16):
+                    file.write(chunk)
             except (EOFError, lzma.LZMAError, gzip.BadGzipFile):
                 file.write(b"broken off")
         os.replace(expanded, temporary)

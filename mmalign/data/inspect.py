@@ -18,7 +18,7 @@ from mmalign.data.columns import Columns
 from mmalign.data.errors import RecordError
 from mmalign.data.manifest import Manifest, read_shard
 from mmalign.data.reader import ErrorLog
-from mmalign.data.schema import Record, open_image
+from mmalign.data.schema import Record
 
 _CAPTION = 30
 _FRAME = {"chosen": (35, 140, 70), "rejected": (190, 60, 50), None: (150, 150, 150)}
@@ -120,7 +120,7 @@ def picture_grid(records: Sequence[Record], side: int = 160, columns: int = 4) -
         for place, candidate in enumerate(record.candidates[:shown]):
             box = (place * side, top + _CAPTION, (place + 1) * side, top + _CAPTION + side)
             if candidate.image is not None:
-                _paste(grid, candidate.image, box)
+                _paste(grid, record.picture(place), box)
             elif candidate.text is not None:
                 draw.text((box[0] + 8, box[1] + 8), _wrapped(candidate.text, side), "black")
             draw.rectangle(
@@ -155,8 +155,8 @@ def _role(record: Record, place: int) -> str | None:
     return None
 
 
-def _paste(grid: Image.Image, image: Image.Image | bytes, box: tuple[int, int, int, int]) -> None:
-    picture = (open_image(image) if isinstance(image, bytes) else image).copy()
+def _paste(grid: Image.Image, picture: Image.Image, box: tuple[int, int, int, int]) -> None:
+    picture = picture.copy()
     picture.thumbnail((box[2] - box[0] - 8, box[3] - box[1] - 8))
     left = (box[0] + box[2] - picture.width) // 2
     grid.paste(picture, (left, (box[1] + box[3] - picture.height) // 2))

@@ -96,7 +96,7 @@ def write_manifest(folder: str | Path, rows: Sequence[ShardRow], encoder: Mappin
     """Writes shards.json atomically, after all the shards it names; `encoder` says what made the latents."""
     folder = Path(folder)
     for row in rows:
-        _check_name(row.name, folder)
+        _check_name(row.name)
     content = {"schema": SCHEMA, "shards": [asdict(row) for row in rows], "encoder": encoder}
     write_atomically(folder / MANIFEST_NAME, json.dumps(content, indent=1).encode())
     return Manifest(tuple(Shard(str(folder / row.name), row) for row in rows), encoder)
@@ -233,20 +233,20 @@ def _parse(content: bytes, name: str) -> tuple[list[ShardRow], Mapping[str, Any]
         values = json.loads(content)
         if values["schema"] != SCHEMA:
             raise ValueError(f"schema {values['schema']!r}, expected {SCHEMA}")
+        for row in values["shards"]:
+            _check_name(row["name"])
         rows = [ShardRow(row["name"], row["records"], row["bytes"], row.get("sha256")) for row in values["shards"]]
         numbers = [number for row in rows for number in (row.records, row.bytes)]
         if not all(type(number) is int and number >= 0 for number in numbers):
             raise ValueError("records and bytes must be whole numbers")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{name} is not a manifest ({type(error).__name__}: {error}); see `mmalign index`") from None
-    for row in rows:
-        _check_name(row.name, name)
     return rows, values.get("encoder")
 
 
-def _check_name(name: Any, manifest: str | Path) -> None:
+def _check_name(name: Any) -> None:
     if not isinstance(name, str) or not _PLAIN_NAME.fullmatch(name):
-        raise ValueError(f"{manifest} names a shard {name!r}; a manifest may only name plain files in its own folder")
+        raise ValueError(f"a shard is called {name!r}; a manifest may only name plain files in its own folder")
 
 
 def _distinct(shards: Sequence[Shard]) -> tuple[Shard, ...]:

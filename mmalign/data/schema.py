@@ -22,8 +22,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from mmalign.data.columns import Columns
-from mmalign.data.errors import Defect
-from mmalign.data.errors import RecordError as RecordError
+from mmalign.data.errors import Defect, RecordError
 
 SCHEMA = 1
 # Some 8,000 x 8,000. A picture that unpacks to more is a mistake or a bomb.
@@ -31,7 +30,7 @@ MAX_PIXELS = 64_000_000
 # What a reader may ask for: decoded images; image bytes as stored (to copy records without re-encoding); tensors.
 NEEDS = frozenset({"image", "raw", "latent"})
 
-_IMAGE_NAME = re.compile(r"[\w\-.]+\.(jpg|jpeg|png|webp)", re.IGNORECASE)
+_IMAGE_NAME = re.compile(r"([\w\-.]+\.)?(jpg|jpeg|png|webp)", re.IGNORECASE)
 _MAGIC = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpg", b"RIFF": "webp"}
 
 
@@ -69,6 +68,16 @@ class Record:
     def name(self) -> str:
         """The key with its shard: unique in a data set, and what messages call the record."""
         return f"{self.shard}/{self.key}" if self.shard else self.key
+
+    def picture(self, place: int) -> Image.Image:
+        """The picture of a candidate, decoded now if the record was read with need={"raw"}. Raises RecordError."""
+        image = self.candidates[place].image
+        if image is None:
+            raise RecordError("missing_member", self.shard, self.key, f"candidate {place} has no picture")
+        try:
+            return open_image(image, f"candidate {place}") if isinstance(image, bytes) else image
+        except Defect as defect:
+            raise defect.at(self.shard, self.key) from None
 
 
 def decode(

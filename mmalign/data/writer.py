@@ -132,6 +132,9 @@ class _ShardFile:
             raise
 
     def discard(self) -> None:
+        # The tar has buffers of its own that want to be flushed, to a file that is about to be removed.
+        with suppress(OSError, ValueError):
+            self._tar.close()
         self._file.close()
         self._temporary.unlink(missing_ok=True)
 

@@ -60,9 +60,7 @@ def compare(base: Run, aligned: Run, count: int = 6, each: int = 6, seed: int = 
     )
 
 
-def _in_proportion(
-    groups: Sequence[Sequence[tuple[Judged, Judged]]], count: int
-) -> list[tuple[Judged, Judged]]:
+def _in_proportion(groups: Sequence[Sequence[tuple[Judged, Judged]]], count: int) -> list[tuple[Judged, Judged]]:
     """`count` pairs, each group by its share (largest remainders), in the order of the groups."""
     total = sum(map(len, groups))
     shares = [len(group) * min(count, total) / total for group in groups]

@@ -6,6 +6,7 @@ Each panel is drawn by matplotlib with placeholder colours, which are then repla
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from mmalign.training.metrics import read_rows
 
 # Placeholder -> what the page makes of it. Series follow the order in which the runs are given.
 _INK, _FAINT = "#010101", "#020202"
@@ -64,7 +63,8 @@ def draw_curves(runs: Mapping[str, Sequence[str | Path]]) -> list[Panel]:
 def _history(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"no metrics at {path}")
-    return read_rows(path)
+    # A last line without its end is still being written.
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def _panel(title: str, columns, histories: Mapping[str, list[list[dict]]], colours: Mapping[str, str]) -> list[Panel]:
@@ -73,7 +73,7 @@ def _panel(title: str, columns, histories: Mapping[str, list[list[dict]]], colou
         for name, seeds in histories.items()
         for history in seeds
         for column, minus, dashed in columns
-        if any(column in row and (minus is None or minus in row) for row in history)
+        if any(row.get(column) is not None and (minus is None or row.get(minus) is not None) for row in history)
     ]
     return [Panel(title, _draw(lines), any(dashed for *_, dashed in lines))] if lines else []
 

@@ -27,34 +27,46 @@ from PIL import Image
 from mmalign.data.errors import KINDS
 from mmalign.evaluate.comparison import Comparison
 from mmalign.evaluate.curves import draw_curves
-from mmalign.evaluate.statistics import Interval
+from mmalign.evaluate.statistics import ENOUGH_PROMPTS, Interval
 from mmalign.evaluate.suite import Row
 
 # Large pictures are stored as JPEG with no longer side than this.
 LARGEST_PICTURE = 320
-PACKAGES = ("mmalign", "torch", "diffusers", "transformers", "accelerate", "peft", "open_clip_torch", "webdataset", "numpy")
+PACKAGES = (
+    "mmalign",
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "peft",
+    "open_clip_torch",
+    "webdataset",
+    "numpy",
+)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the page shows, in this order. All but the title and the rows may be left empty.
-
-    `comparison` also says which row the headline is about (by name and guidance); without one it is the first that is
-    held against a base. `prompts` is what the headline calls the prompts. `metrics`: name -> one metrics.jsonl per seed. `skipped`: kind -> number of records; `examples`
-    name some of them by shard and key. `health` are findings in plain words; None if no training belongs to the page. `notes` are sentences on how the numbers came about.
-    """
+    """What the page shows. All but the title and the rows may be left empty."""
 
     title: str
     rows: Sequence[Row]
+    # What the headline calls the prompts.
     prompts: str = "held-out prompts"
+    # Pictures side by side. The headline is about its row (name and guidance); without one, about the first row that is
+    # held against a base.
     comparison: Comparison | None = None
+    # name -> one metrics.jsonl per training seed
     metrics: Mapping[str, Sequence[str | Path]] = field(default_factory=dict)
+    # Findings in plain words; None if no training belongs to the page.
     health: Sequence[str] | None = None
+    # kind -> number of records, and some of them by shard and key
     skipped: Mapping[str, int] = field(default_factory=dict)
     examples: Sequence[str] = ()
     config: str = ""
     command: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
+    # Sentences on how the numbers came about.
     notes: Sequence[str] = ()
 
 
@@ -71,7 +83,7 @@ def write_report(folder: str | Path, report: Report) -> Path:
 
 def write_results(path: str | Path, rows: Sequence[Row]) -> Path:
     """A JSON list with one object per row; an interval is {value, low, high}, what is not known is null."""
-    text = json.dumps([dataclasses.asdict(row) for row in rows], indent=1, allow_nan=False)
+    text = json.dumps([row.to_dict() for row in rows], indent=1, allow_nan=False)
     return _write(Path(path), text + "\n")
 
 
@@ -139,11 +151,14 @@ def _derived(report: Report) -> dict[str, Any]:
         "base": base,
         "has_verdict": has_verdict,
         "seed_rows": [] if len(summary) == len(report.rows) else report.rows,
-        "singles": [one for one in report.rows if (one.name, one.guidance) == (row.name, row.guidance) and one.seed is not None],
+        "singles": [
+            one for one in report.rows if (one.name, one.guidance) == (row.name, row.guidance) and one.seed is not None
+        ],
         "gain_axis": _gain_axis([gain for gain in gains if gain is not None]),
         "kinds": _changes(base.by_kind, row.by_kind, row.gain_by_kind, _examples(report)) if base else [],
         "facts": _changes(base.by_fact, row.by_fact, row.gain_by_fact, {}) if base else [],
         "curves": [dataclasses.replace(panel, svg=Markup(panel.svg)) for panel in draw_curves(report.metrics)],
+        "few_prompts": row.prompts < ENOUGH_PROMPTS,
         "meaning": KINDS,
         "written": datetime.now().astimezone().strftime("%-d %B %Y, %H:%M"),
     }

@@ -66,11 +66,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the result table. Rates are shares from 0 to 1; `gain` is the paired difference to the base.
+    """One line of the result table. Rates are shares from 0 to 1; gains are paired differences to the base.
 
     `seeds` are the training seeds in the row; a row with several pools them (`seed` is None, `n` counts all samples).
-    `accuracy` and what follows from it is None where the judge gives scores only; the comparison is None in the base's
-    own row; `diversity` is None where no prompt has two right samples.
+    `prompts` counts the distinct ones. `accuracy` and what follows from it is None where the judge gives scores only;
+    the comparison is None in the base's own row; `diversity` is None where no prompt has two right samples.
     """
 
     name: str
@@ -78,6 +78,7 @@ class Row:
     seeds: tuple[int, ...]
     guidance: float | None
     n: int
+    prompts: int
     accuracy: Interval | None
     score: Interval
     diversity: Interval | None
@@ -95,7 +96,8 @@ class Row:
 
 
 def summarise(runs: Sequence[Run], base: str = "base", bounds: tuple[float, float] | None = UNIT) -> list[Row]:
-    """The table: a row per run in the order given, and one that pools the seeds after each model that has several.
+    """The table: a row per run, models in the order of their first run, and a row that pools the seeds of each model
+    that has several.
 
     The run called `base` with the same guidance scale is what each run is held against, sample by sample. `bounds` are
     the least and greatest possible score (None if unknown, e.g. for CLIP).
@@ -103,9 +105,16 @@ def summarise(runs: Sequence[Run], base: str = "base", bounds: tuple[float, floa
     bases = {run.guidance: run for run in runs if run.name == base}
     for run in runs:
         _check(run, bases, base)
+    models: dict[tuple[str, float | None], list[Run]] = {}
+    for run in runs:
+        models.setdefault((run.name, run.guidance), []).append(run)
     rows = []
-    for _, same_model in itertools.groupby(runs, key=lambda run: (run.name, run.guidance)):
-        group = list(same_model)
+    for group in models.values():
+        seeds = [run.seed for run in group]
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(
+                f"two runs are called {group[0].name!r} with seed and guidance alike; give them other names"
+            )
         against = None if group[0].name == base else bases[group[0].guidance]
         rows += [_row([run], against, bounds) for run in group]
         if len(group) > 1:
@@ -139,6 +148,7 @@ def _row(group: Sequence[Run], against: Run | None, bounds: tuple[float, float] 
         seeds=seeds,
         guidance=group[0].guidance,
         n=len(judged),
+        prompts=len(set(_prompts(judged))),
         accuracy=mean_interval(_correct(judged), _prompts(judged)) if has_verdict else None,
         score=mean_interval(_scores(judged), _prompts(judged), bounds),
         diversity=diversity([run.judged for run in group]),
@@ -181,7 +191,7 @@ def _by(
         if base is not None:
             counts[:, 0] -= [rate(one, kind)[0] for one in base]
         here = np.flatnonzero(counts[:, 1])
-        prompts = [judged[place].prompt for place in here]
+        prompts = [judged[int(place)].prompt for place in here]
         bounds = UNIT if base is None else DIFFERENCE
         shares[kind] = share_interval(counts[here, 0], counts[here, 1], prompts, bounds)
     return shares
@@ -207,9 +217,9 @@ def _fact_rate(one: Judged, kind: str) -> Count:
 def diversity(models: Sequence[Sequence[Judged]]) -> Interval | None:
     """Of two right samples of one prompt by one model, how often do they show different content?
 
-    A prompt with k right samples gives the share of its k (k - 1) / 2 pairs that differ: 0 if the model always draws the
-    same picture, 1 if it never repeats itself, whatever k is. Wrong samples are left out, lest errors count as variety;
-    where there is no verdict, every sample counts. Averaged over prompts and models; None without two of any prompt.
+    A prompt with k right samples gives the share of its k (k - 1) / 2 pairs that differ: 0 if the model always draws
+    the same picture, 1 if it never repeats itself, whatever k is. Wrong samples are left out, lest errors count as
+    variety; where there is no verdict, every sample counts. Averaged over prompts and models; None without two.
     """
     shares, prompts = [], []
     for judged in models:

@@ -58,7 +58,8 @@ def _check_positions(path: Path, model: Any) -> None:
     """open_clip stretches the position embeddings of another picture size or context length to fit, without a word."""
     from open_clip.factory import load_state_dict
 
-    stored, wanted = load_state_dict(str(path)), model.state_dict()
+    stored: Any = load_state_dict(str(path))
+    wanted = model.state_dict()
     for key in ("visual.positional_embedding", "positional_embedding"):
         if key in stored and key in wanted and stored[key].shape != wanted[key].shape:
             raise RuntimeError(f"{key} is {tuple(stored[key].shape)}, expected {tuple(wanted[key].shape)}")
@@ -146,4 +147,3 @@ def _register(path: Path) -> str:
         raise ValueError(f"{path} is not an open_clip model config: it lacks {', '.join(sorted(missing))}")
     open_clip.add_model_config(path)
     return path.stem
-

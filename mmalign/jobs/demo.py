@@ -144,7 +144,7 @@ def _training(folder: Path, form: Form, method: str, seed: int) -> train.Setting
             checkpoint_every=100,
             keep_checkpoints=1,
         ),
-        resume="latest" if (output / "latest").exists() else None,
+        resume="latest",
         device="cpu",
     )
 

@@ -21,10 +21,9 @@ from mmalign.config import to_dict
 from mmalign.core.objectives import BoundObjective, bind_objective
 from mmalign.core.reference import AdapterOff, FrozenCopy, NoReference, Reference
 from mmalign.data import DataSettings, Manifest, RecordStream, liked, preference_pair
-from mmalign.jobs.generate import device_of
 from mmalign.jobs.sources import with_shipped_model
-from mmalign.modalities.diffusion import DiffusionModality, DiffusionSettings, load
-from mmalign.training import TrainingResult, TrainingSettings
+from mmalign.modalities.diffusion import DiffusionModality, DiffusionSampling, DiffusionSettings, load
+from mmalign.training import TrainingResult, TrainingSettings, launch
 from mmalign.training import train as run_loop
 
 POSITIONAL = ""
@@ -42,10 +41,12 @@ class Settings:
     # copy (a second network), adapter_off (LoRA), none; auto: what the objective and the model call for
     reference: Literal["auto", "copy", "adapter_off", "none"] = "auto"
     training: TrainingSettings = field(default_factory=TrainingSettings)
+    # how the sample grids are drawn (training.sample_every)
+    sampling: DiffusionSampling = field(default_factory=DiffusionSampling)
     # latest, or the path of a checkpoint; null starts anew
     resume: str | None = None
-    # cpu, cuda, mps; auto takes what is there
-    device: str = "auto"
+    # cpu, or auto: the accelerator of this process if there is one
+    device: Literal["auto", "cpu"] = "auto"
 
 
 def run(settings: Settings) -> TrainingResult:
@@ -53,10 +54,11 @@ def run(settings: Settings) -> TrainingResult:
     kind = reference_kind(settings, objective)
     manifest = Manifest.read(settings.data.shards, settings.data.cache)
     from_latents = manifest.encoder is not None
-    geometry = settings.training.geometry()
+    processes = launch(cpu=settings.device == "cpu")
+    geometry = settings.training.geometry(processes.rank, processes.ranks)
     modality, network = load(
         with_shipped_model(settings.model),
-        device_of(settings.device),
+        processes.device,
         DTYPES[settings.training.mixed_precision],
         need_vae=not from_latents or settings.training.sample_every is not None,
         samples=geometry.micro_batch_size * (1 if objective.chosen_only else 2),
@@ -84,6 +86,7 @@ def run(settings: Settings) -> TrainingResult:
         resume=settings.resume,
         describe=to_dict(settings),
         console=Console(),
+        sampling=settings.sampling,
     )
 
 

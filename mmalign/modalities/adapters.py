@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -109,8 +110,18 @@ def save_lora(network: nn.Module, weights: Mapping[str, Tensor], folder: Path) -
     )
 
 
+def merge_lora(pipeline: Any, folder: Path) -> None:
+    """Adds the update of a LoRA file to the weights of a diffusers pipeline: the network then is the merged one."""
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise FileNotFoundError(f"model.adapter: no {WEIGHTS_FILE} in {folder}")
+    pipeline.load_lora_weights(folder, weight_name=WEIGHTS_FILE)
+    pipeline.fuse_lora(components=["unet"])
+    pipeline.unload_lora_weights()
+
+
 def load_lora(network: nn.Module, folder: Path) -> None:
     """Reads a file of `save_lora` into the adapters that `add_lora` added."""
+    from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
@@ -118,7 +129,7 @@ def load_lora(network: nn.Module, folder: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"no adapter at {path}; expected a folder with {WEIGHTS_FILE}")
     weights = {name.removeprefix("unet."): value for name, value in load_file(path).items()}
-    fitted = set_peft_model_state_dict(network, weights)
+    fitted = set_peft_model_state_dict(network, convert_unet_state_dict_to_peft(weights))
     if fitted.unexpected_keys:
         raise ValueError(
             f"the adapter {path} does not fit model.lora: unknown weights such as {fitted.unexpected_keys[0]}"

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mmalign.core.types import LogProbs, Pair, Sample
 from mmalign.modalities import memory
-from mmalign.modalities.adapters import adapters_off, save_lora
+from mmalign.modalities.adapters import adapters_off, merge_lora, save_lora
 from mmalign.modalities.diffusion_latents import CENTRE, Draws, LatentCodec
 from mmalign.modalities.diffusion_loading import (
     DiffusionSettings,
@@ -95,6 +95,8 @@ def load(
         estimate = memory.estimate(settings, config, dtype, samples, optimizer, copied, need_vae)
         checkpointing = estimate.wants_checkpointing(memory.available(device))
     pipeline = load_pipeline(settings.path, config, dtype if settings.lora else torch.float32, need_vae)
+    if settings.adapter is not None:
+        merge_lora(pipeline, Path(settings.adapter))
     network = make_trainable(pipeline.unet, settings, checkpointing, seed).to(device)
     return DiffusionModality(settings, config, pipeline, device, dtype), network
 
@@ -146,16 +148,17 @@ class DiffusionModality:
         noise = torch.stack([draw.noise for draw in draws]).to(self.device)
         timestep = torch.tensor([draw.timestep for draw in draws])
         texts = ["" if draw.drop_caption else sample.prompt for sample, draw in zip(samples, draws, strict=True)]
-        prompt, pooled = self._embed(texts)
+        embedded = self.prompts.encode(texts)
+        self.truncated_prompts += embedded.truncated
         return DiffusionInputs(
             group=torch.tensor([sample.group for sample in samples]),
             noisy=self.schedule.add_noise(latents, noise, timestep),
             target=self.schedule.target(latents, noise, timestep),
             timestep=timestep.to(self.device),
             weight=self.schedule.weight(timestep, latents[0].numel()).to(self.device),
-            prompt=prompt,
-            pooled=pooled,
-            time_ids=None if pooled is None else torch.tensor(sizes, dtype=torch.float32, device=self.device),
+            prompt=embedded.tokens,
+            pooled=embedded.pooled,
+            time_ids=None if embedded.pooled is None else torch.tensor(sizes, dtype=torch.float32, device=self.device),
         )
 
     def log_prob(self, network: nn.Module, inputs: DiffusionInputs) -> LogProbs:
@@ -200,13 +203,6 @@ class DiffusionModality:
             noise=torch.randn(self.codec.shape, generator=generator),
         )
 
-    def _embed(self, texts: list[str]) -> tuple[Tensor, Tensor | None]:
-        """Each distinct prompt passes through the text encoder once."""
-        unique = {text: index for index, text in enumerate(dict.fromkeys(texts))}
-        embeddings = self.prompts.encode(list(unique))
-        self.truncated_prompts += embeddings.truncated
-        return embeddings.rows([unique[text] for text in texts])
-
     def _precision(self) -> AbstractContextManager:
         """One precision for policy and reference, whoever wrapped the one or the other."""
         return nullcontext() if self.dtype == torch.float32 else torch.autocast(self.device.type, self.dtype)
@@ -217,7 +213,7 @@ class DiffusionModality:
     def generate(
         self,
         network: nn.Module,
-        prompts: Sequence[str],
+        prompts: Sequence[Any],
         seeds: Sequence[int],
         sampling: DiffusionSampling = DiffusionSampling(),
     ) -> list[Sample]:
@@ -241,8 +237,8 @@ class DiffusionModality:
 
     def _sample(self, prompts: Sequence[str], seeds: Sequence[int], sampling: DiffusionSampling) -> Tensor:
         """Scaled latents of one batch, from the real pipeline call."""
-        unique = {text: index for index, text in enumerate(dict.fromkeys(prompts))}
-        tokens, pooled = self.prompts.encode(list(unique)).rows([unique[text] for text in prompts])
+        embedded = self.prompts.encode(prompts)
+        tokens, pooled = embedded.tokens, embedded.pooled
         conditions: dict[str, Tensor] = {"prompt_embeds": tokens}
         if pooled is not None:
             conditions["pooled_prompt_embeds"] = pooled

@@ -27,6 +27,8 @@ class DiffusionSettings:
 
     # folder or hub name of a diffusers pipeline; `world` is the one that ships with mmalign
     path: str = "world"
+    # folder with pytorch_lora_weights.safetensors, merged into the network when it is loaded; null: none
+    adapter: str | None = None
     # auto | sdpa | xformers
     attention: str = "auto"
     # auto (by a memory estimate) | on | off

@@ -17,16 +17,11 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class PromptEmbeddings:
-    """What the network attends to; `pooled` is SDXL's; `truncated` counts the prompts that were too long."""
+    """What the network attends to. `pooled` is SDXL's; `truncated` counts the distinct prompts that were too long."""
 
     tokens: Float[Tensor, "prompt token channel"]
     pooled: Float[Tensor, "prompt pooled_channel"] | None
     truncated: int
-
-    def rows(self, indices: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        """The embeddings of prompts `indices`, repeats included."""
-        index = torch.tensor(indices, device=self.tokens.device)
-        return self.tokens[index], None if self.pooled is None else self.pooled[index]
 
 
 @final
@@ -39,23 +34,25 @@ class PromptEncoder:
         self.device = device
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> PromptEmbeddings:
-        """One row per prompt. A prompt counts as truncated if any of the tokenizers had to cut it."""
+    def encode(self, prompts: Sequence[Any]) -> PromptEmbeddings:
+        """One row per prompt; each distinct prompt passes through the encoders once."""
         for prompt in prompts:
             if not isinstance(prompt, str):
                 raise ValueError(f"a diffusion model reads text prompts; this one is a {type(prompt).__name__}")
+        distinct = {prompt: row for row, prompt in enumerate(dict.fromkeys(prompts))}
+        rows = torch.tensor([distinct[prompt] for prompt in prompts], device=self.device)
         cut: set[int] = set()
         tokens, pooled = [], None
         with torch.autocast(self.device.type, enabled=False):
             for tokenizer, encoder in zip(self.tokenizers, self.encoders, strict=True):
-                ids = _token_ids(tokenizer, list(prompts), cut).to(self.device)
+                ids = _token_ids(tokenizer, list(distinct), cut).to(self.device)
                 if len(self.encoders) == 1:
                     tokens.append(encoder(ids)[0])
                 else:
                     encoded = encoder(ids, output_hidden_states=True)
                     tokens.append(encoded.hidden_states[-2])
                     pooled = encoded[0]  # the last encoder's projected embedding is the one that stays
-        return PromptEmbeddings(torch.cat(tokens, -1), pooled, len(cut))
+        return PromptEmbeddings(torch.cat(tokens, -1)[rows], None if pooled is None else pooled[rows], len(cut))
 
 
 def _token_ids(tokenizer: Any, prompts: list[str], cut: set[int]) -> Tensor:

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from mmalign.modalities.diffusion_loading import no_progress_bars
+
 TOKENS = 77
 START, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -33,7 +35,8 @@ def stable_diffusion(folder: Path, prediction_type: str = "epsilon", seed: int =
             feature_extractor=None,  # pyright: ignore
             requires_safety_checker=False,
         )
-    pipeline.save_pretrained(folder)
+    with no_progress_bars():
+        pipeline.save_pretrained(folder)
     return Path(folder)
 
 
@@ -58,7 +61,8 @@ def stable_diffusion_xl(folder: Path, seed: int = 0) -> Path:
             ),
             _scheduler("epsilon"),
         )
-    pipeline.save_pretrained(folder)
+    with no_progress_bars():
+        pipeline.save_pretrained(folder)
     return Path(folder)
 
 

@@ -12,13 +12,14 @@ buffers belong to the base model and are not repeated here.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def save(
 ) -> Path:
     """Writes `checkpoint-<step>`, points `latest` at it and removes all but the newest `keep`.
 
-    Every process must call it: gathering shards is a joint effort; the first one writes. Raises OSError with advice
+    Every process must call it: gathering shards is a joint effort; the first one writes. Raises ValueError with advice
     where writing fails; earlier checkpoints are then as they were.
     """
     path = folder / f"checkpoint-{step}"
@@ -70,7 +71,7 @@ def save(
             _remove_old(folder, keep)
     problem = processes.broadcast_object(problem, 0)
     if problem:
-        raise OSError(problem)
+        raise ValueError(problem)
     return path
 
 
@@ -135,8 +136,27 @@ def restore(checkpoint: Checkpoint, weights: Mapping[str, nn.Parameter], optimiz
         optimizer.state[weight][entry] = fitted.to(weight.device) if tensor.dim() else tensor
 
 
+@contextlib.contextmanager
+def whole_folder(path: Path, processes: Processes) -> Iterator[Path]:
+    """Yields an empty folder, the same on every process, that becomes `path` once the block has filled it."""
+    partial = path.with_name(f".partial-{path.name}")
+    if processes.main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    processes.wait()
+    yield partial
+    processes.wait()
+    if processes.main:
+        for file in partial.rglob("*"):
+            _sync(file)
+        if path.exists():
+            _remove(path)
+        os.rename(partial, path)
+        _sync(path.parent)
+
+
 class StopSignal:
-    """Remembers SIGTERM, so that the loop can save at the next step boundary. Outside the main thread it never fires."""
+    """Remembers SIGTERM, so that the loop saves at the next step boundary. Outside the main thread it never fires."""
 
     def __init__(self) -> None:
         self.received = False

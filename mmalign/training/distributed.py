@@ -75,7 +75,7 @@ def launch(cpu: bool = False) -> Processes:
         raise ValueError(
             f"launched for {state.distributed_type.value}; launch plainly (torchrun) and set training.sharding: fsdp2"
         )
-    device = torch.device("cpu") if cpu else state.device
+    device = torch.device("cpu") if cpu or state.device is None else state.device
     return Processes(state.process_index, state.num_processes, device)
 
 
@@ -96,7 +96,8 @@ def shard(network: nn.Module) -> nn.Module:
     mesh = dist.init_device_mesh(next(network.parameters()).device.type, (dist.get_world_size(),))
     for block in _blocks(network):
         fully_shard(block, mesh=mesh)
-    return fully_shard(network, mesh=mesh)
+    fully_shard(network, mesh=mesh)
+    return network
 
 
 def _blocks(network: nn.Module) -> Iterator[nn.Module]:

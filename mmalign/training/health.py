@@ -1,4 +1,4 @@
-"""What is wrong with a run, in plain words, while it can still be stopped. Only checks that are never a matter of taste."""
+"""What is wrong with a run, in plain words, while it can still be stopped. No check here is a matter of taste."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ class Health:
         self._still = self._still + 1 if metrics["rewards/margins"] == 0 else 0
         if self._still == PATIENCE:
             self.findings.append(
-                f"step {step}: the margins have been exactly 0 since step {step - PATIENCE + 1}. After an update policy "
-                "and reference must differ: either the reference is the policy itself, or no update reaches the weights "
-                "(check reference, model.lora and training.learning_rate)"
+                f"step {step}: the margins have been exactly 0 since step {step - PATIENCE + 1}. After an update "
+                "policy and reference must differ: either the reference is the policy itself, or no update reaches "
+                "the weights (check reference, model.lora and training.learning_rate)"
             )
 
     def _look_at_start(self, loss: float, grad_norm: float) -> None:
@@ -55,8 +55,8 @@ class Health:
         if expected is not None and abs(loss - expected) > STEP_ZERO_TOLERANCE * max(1.0, abs(expected)):
             name = "ln 2" if abs(expected - LN_2) < 1e-9 else "its value for equal models"
             self.findings.append(
-                f"step 0: the loss is {loss:.6f}, not {expected:.6f} ({name}). Before the first update policy and "
-                "reference should agree: look for another reference model, dropout in the policy, or different precision"
+                f"step 0: the loss is {loss:.6f}, not {expected:.6f} ({name}). Before the first update policy "
+                "and reference should agree: look for another reference model, dropout, or different precision"
             )
         if grad_norm == 0:
             self.findings.append("step 0: the gradient is exactly 0, so nothing is being learned (check model.lora)")
@@ -77,10 +77,12 @@ class Health:
         """What only the whole run shows."""
         if data_wait > WAIT_SHARE:
             self.findings.append(
-                f"{data_wait:.0%} of the time was spent waiting for records; raise data.workers, or encode latents first"
+                f"{data_wait:.0%} of the time went into waiting for records; raise data.workers or encode latents first"
             )
         if truncated_prompts:
-            self.findings.append(f"{truncated_prompts} prompts were longer than the text encoder reads and were cut off")
+            self.findings.append(
+                f"{truncated_prompts} prompts were longer than the text encoder reads and were cut off"
+            )
         if errors:
             counts = ", ".join(f"{kind} {count}" for kind, count in sorted(errors.items()))
             self.findings.append(f"{sum(errors.values())} records were skipped: {counts}")

@@ -1,8 +1,8 @@
 """Where the numbers of a run go: metrics.jsonl, trackers, and what the terminal shows.
 
-A row of metrics.jsonl belongs to one step; `step` counts the updates made before its loss was measured, so the first row
-is the untouched model. Every field but TIMING is a function of the seed, the settings and the records: after a kill and
-a resume the file equals that of a run that was never interrupted. Numbers that are not finite are written as null.
+A row of metrics.jsonl belongs to one step; `step` counts the updates made before its loss was measured, so the first
+row is the untouched model. Every field but TIMING is a function of the seed, the settings and the records: after a kill
+and a resume the file equals that of a run that was never interrupted. Numbers that are not finite are written as null.
 """
 
 from __future__ import annotations
@@ -89,6 +89,7 @@ class Trackers:
             from accelerate.tracking import TensorBoardTracker
 
             self._open.append(TensorBoardTracker("tensorboard", logging_dir=folder))
+            self._open[-1].start()
         if "wandb" in names:
             from accelerate.tracking import WandBTracker
             from accelerate.utils import is_wandb_available
