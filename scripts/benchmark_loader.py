@@ -7,7 +7,7 @@ they come. JPEG: both candidates, quality 95, decoded to RGB; "ready" adds what 
 CPU (resize to 512 where the picture is larger, float tensor in -1..1). 512 px is what SD1.5 generates, 1024 px what
 public preference sets mostly store. All go through the same RecordStream, in one process, without workers, and take
 turns, so that what else runs on the machine slows all of them. Files are in the page cache: this measures the reader,
-not the disk. Goals: at least 4,000 latent records a second, and at least 50 times the JPEG pairs.
+not the disk. Goals: at least 4,000 latent records a second, and at least 50 times the 1024 px JPEG pairs.
 """
 
 from __future__ import annotations

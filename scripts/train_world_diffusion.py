@@ -18,7 +18,9 @@ import itertools
 import json
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,7 +91,8 @@ def to_arrays(pixels: torch.Tensor) -> list[np.ndarray]:
 
 
 def train_vae(args, report, steps: int) -> AutoencoderKL:
-    vae = AutoencoderKL(
+    build: Any = AutoencoderKL  # its annotations are narrower than its arguments
+    vae = build(
         block_out_channels=(16, 32, 64, 64),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -154,7 +157,7 @@ class Latents:
             self.latents = torch.cat([self._encode(vae, chunk) for chunk in _batched(self.scenes, 128)])
 
     @staticmethod
-    def _encode(vae, scenes: list[Scene]) -> torch.Tensor:
+    def _encode(vae, scenes: Sequence[Scene]) -> torch.Tensor:
         pixels = to_tensor([render_array(scene) for scene in scenes])
         return vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor
 
@@ -178,7 +181,7 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def build_pipeline(work: Path, vae) -> StableDiffusionPipeline:
-    tokenizer = build_tokenizer(work / "tokenizer")
+    tokenizer: Any = build_tokenizer(work / "tokenizer")
     for word in ("magenta", "crosses", "triangles", "bottom"):
         assert len(tokenizer(word).input_ids) == 3, f"{word} is not one token: {tokenizer.tokenize(word)}"
     text_encoder = CLIPTextModel(
@@ -207,7 +210,7 @@ def build_pipeline(work: Path, vae) -> StableDiffusionPipeline:
         attention_head_dim=4,
         norm_num_groups=16,
     )
-    scheduler = DDIMScheduler(
+    scheduler: Any = DDIMScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,
         beta_end=0.012,
@@ -218,8 +221,9 @@ def build_pipeline(work: Path, vae) -> StableDiffusionPipeline:
         steps_offset=1,
         set_alpha_to_one=True,
     )
+    absent: Any = None
     return StableDiffusionPipeline(
-        vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
+        vae, text_encoder, tokenizer, unet, scheduler, absent, absent, requires_safety_checker=False
     )
 
 

@@ -46,7 +46,12 @@ def test_several_pairs_are_all_drawn():
 
 @pytest.mark.parametrize(
     ("scores", "expected"),
-    [((0.1, 0.9), ["1", "0"]), ((0.5, -2.0, 0.7, None), ["2", "1"]), ((1, 1, 0), ["0", "2"]), ((0, 0, 1), ["2", "0"])],
+    [
+        ((0.1, 0.9), ["1", "0"]),
+        ((0.5, -2.0, 0.7, None), ["2", "1"]),
+        ((1.0, 1.0, 0.0), ["0", "2"]),
+        ((0.0, 0.0, 1.0), ["2", "0"]),
+    ],
 )
 def test_best_against_worst(scores: tuple, expected: list[str]):
     for draw in range(3):

@@ -38,7 +38,8 @@ from mmalign.data.shard import OpenShard, scan
 from tests.data_sets import pair, picture_bytes, write_pairs, write_tar
 
 IMAGE = frozenset({"image"})
-NAMES = st.text("abcdefgh/.é_-0", min_size=1, max_size=180)
+# A name that ends in a slash is a folder, whatever its header says.
+NAMES = st.text("abcdefgh/.é_-0", min_size=1, max_size=180).filter(lambda name: not name.endswith("/"))
 
 
 def keys(manifest: Manifest, **arguments) -> list[str]:
@@ -155,7 +156,7 @@ def test_the_header_scan_agrees_with_tarfile(tmp_path_factory, files: list[tuple
     assert found == expected
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_a_damaged_tar_never_gives_wrong_records(tmp_path_factory, data: st.DataObject):
     folder = tmp_path_factory.mktemp("damaged")

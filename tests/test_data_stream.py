@@ -20,12 +20,14 @@ from mmalign.data import (
     DataSettings,
     Geometry,
     Manifest,
+    RecordError,
     RecordStream,
     Step,
     preference_pair,
     write_manifest,
 )
-from mmalign.data.reader import _as_it_is, _MicroBatches
+from mmalign.data.reader import _MicroBatches
+from mmalign.data.transport import pack, unpack
 from tests.data_sets import members, picture_bytes, write_pairs, write_tar
 
 BOTH = frozenset({"image", "latent"})
@@ -143,10 +145,11 @@ def test_spawned_workers_read_the_same(manifest: Manifest):
         pickle.loads(pickle.dumps(one._slots)),
         batch_sampler=_MicroBatches(0, geometry),
         num_workers=1,
-        collate_fn=_as_it_is,
+        collate_fn=pack,
         multiprocessing_context="spawn",
     )
-    rows = [[row(samples) for samples in batch] for batch in itertools.islice(loader, 3)]
+    batches = [unpack(packed) for packed in itertools.islice(loader, 3)]
+    rows = [[row(samples) for samples in batch if isinstance(samples, tuple)] for batch in batches]
     assert rows == run([stream(manifest)], 5, 1, 3)
 
 
@@ -295,6 +298,35 @@ def test_columns_reach_the_reader(tmp_path: Path):
     assert rejected.image is not None
     red = [sample.image.getpixel((0, 0))[0] for sample in (chosen, rejected)]  # pyright: ignore
     assert red[0] > red[1]
+
+
+def test_packed_rows_are_the_same_rows():
+    shared = torch.arange(5)
+    tensors = {
+        "half": torch.randn(3, 2).half(),
+        "double": torch.randn(2, 2, dtype=torch.float64).T,
+        "scalar": torch.tensor(True),
+        "none": torch.zeros(0, 3),
+        "shared": shared,
+    }
+    rows = [
+        (Sample("a", "p", 0, 1, tensors=tensors), Sample("b", "p", 0, 1, text="x", tensors={"shared": shared})),
+        RecordError("tie", "s", "k", "m"),
+        (Sample("c", "p", 1, 2),),
+    ]
+    packed = pack(rows)
+    found = unpack(pickle.loads(pickle.dumps(packed)))
+    first, error, last = found
+    assert isinstance(first, tuple)
+    assert isinstance(error, RecordError)
+    assert isinstance(last, tuple)
+    assert (first[1].text, error.kind, last[0].key) == ("x", "tie", "c")
+    for name, tensor in tensors.items():
+        assert first[0].tensors[name].dtype == tensor.dtype
+        assert torch.equal(first[0].tensors[name], tensor)
+    assert torch.equal(first[1].tensors["shared"], shared)
+    assert sum(tensor.nbytes for tensor in tensors.values()) <= len(packed.buffer) <= 16 * 8
+    assert unpack(pack([])) == []
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,9 @@
-"""The diffusion adapter against diffusers itself, against the published loss, and with bad models and bad input."""
+"""The diffusion adapter against diffusers itself, against the published loss, and with bad input."""
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import nn
 
 from mmalign.core.objectives import PAIRED
@@ -37,7 +37,8 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 
 def load(path: Path, need_vae: bool = True, dtype=torch.float32, **settings: Any) -> tuple[DiffusionModality, Any]:
-    return diffusion.load(DiffusionSettings(path=str(path), **settings), CPU, dtype, need_vae)
+    chosen = {"gradient_checkpointing": "off", **settings}
+    return diffusion.load(DiffusionSettings(path=str(path), **chosen), CPU, dtype, need_vae)
 
 
 def picture(seed: int, width: int = 16, height: int = 16) -> Image.Image:
@@ -52,7 +53,7 @@ def samples(count: int = 4, prompt: str = "a red circle", **size: int) -> list[S
 
 
 def test_dpo_is_the_released_loss_in_float64(folders):
-    """-log sigma(-beta/2 (d_chosen - d_rejected)), d = policy's error minus the reference's, from bare forward passes."""
+    """-log sigma(-beta/2 (d_chosen - d_rejected)), d = policy's error minus the reference's, by bare calls."""
     modality, network = load(folders["epsilon"])
     chosen = modality.prepare([*samples(2), *samples(2)])
     inputs = as_float64(chosen)
@@ -145,6 +146,26 @@ def test_one_precision_path_for_policy_and_reference(folders, lora):
     assert policy.values.dtype == torch.float32
     exact, _ = load(folders["epsilon"], lora=lora)
     assert not torch.equal(policy.values, exact.log_prob(network.float(), inputs).values)
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_gradient_checkpointing_changes_no_gradient(folders, lora):
+    """With the reference's switch in between: the adapters are on again when checkpointing recomputes."""
+    gradients = []
+    for checkpointing in ("on", "off"):
+        modality, network = load(folders["epsilon"], lora=lora, gradient_checkpointing=checkpointing)
+        assert network.is_gradient_checkpointing == (checkpointing == "on")
+        torch.manual_seed(0)
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.05 * torch.randn_like(parameter)
+        inputs = modality.prepare(samples())
+        if modality.reference_switch:
+            AdapterOff(modality.reference_switch).log_prob(modality, network, inputs)
+        modality.log_prob(network, inputs).sum().sum().backward()
+        gradients.append([p.grad for p in network.parameters() if p.grad is not None])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
 
 
 # -- prompts -----------------------------------------------------------------------------------------------------------
@@ -354,98 +375,6 @@ def test_wrapped_networks_compute_and_export_the_same(folders, tmp_path, one_pro
     names = [path.relative_to(tmp_path / "plain") for path in (tmp_path / "plain").rglob("*.safetensors")]
     assert names
     for name in names:
-        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "wrapped" / name).read_bytes()
-
-
-# -- bad models and settings -------------------------------------------------------------------------------------------
-
-
-def test_bad_folders_are_refused(folders, tmp_path):
-    def damaged(name: str) -> Path:
-        return Path(shutil.copytree(folders["epsilon"], tmp_path / name))
-
-    with pytest.raises(FileNotFoundError, match="neither a folder nor a hub name"):
-        load(tmp_path / "nowhere")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match="no model_index.json"):
-        load(tmp_path / "empty")
-    other = damaged("other")
-    edit(other / "model_index.json", _class_name="FluxPipeline")
-    with pytest.raises(ValueError, match="is a FluxPipeline; expected a StableDiffusionPipeline or a"):
-        load(other)
-    inpainting = damaged("inpainting")
-    edit(inpainting / "unet" / "config.json", in_channels=9)
-    with pytest.raises(ValueError, match="reads 9 channels and its VAE makes 4"):
-        load(inpainting)
-    direct = damaged("direct")
-    edit(direct / "scheduler" / "scheduler_config.json", prediction_type="sample")
-    with pytest.raises(ValueError, match="prediction_type is 'sample'"):
-        load(direct)
-    incomplete = damaged("incomplete")
-    (incomplete / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="is incomplete"):
-        load(incomplete)
-    bare = damaged("bare")
-    (bare / "unet" / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match="no configuration of its unet"):
-        load(bare)
-
-
-def edit(path: Path, **fields: Any) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"attention": "flash"}, "model.attention is 'flash'; expected one of auto, sdpa, xformers"),
-        ({"crop": "left"}, "model.crop is 'left'"),
-        ({"gradient_checkpointing": "maybe"}, "model.gradient_checkpointing is 'maybe'"),
-        ({"flip": 2.0}, r"model.flip is 2.0; expected a share in \[0, 1\]"),
-        ({"caption_dropout": -0.1}, "model.caption_dropout is -0.1"),
-        ({"resolution": 0}, "model.resolution is 0"),
-        ({"resolution": 15}, "model.resolution is 15; this VAE needs a multiple of 2"),
-        ({"weighting": "snr"}, "model.weighting is 'snr'"),
-    ],
-)
-def test_bad_settings_are_refused(folders, settings, message):
-    with pytest.raises(ValueError, match=message):
-        load(folders["epsilon"], **settings)
-
-
-def test_bad_sampling_is_refused(folders):
-    modality, network = load(folders["epsilon"])
-    with pytest.raises(ValueError, match="sampling.inference_steps is 0"):
-        DiffusionSampling(inference_steps=0)
-    with pytest.raises(ValueError, match="2 prompts came with 1 seeds"):
-        modality.generate(network, ["a", "b"], [1], DiffusionSampling())
-
-
-def test_attention_backends(folders):
-    _, automatic = load(folders["epsilon"])
-    _, fused = load(folders["epsilon"], attention="sdpa")
-    modality, _ = load(folders["epsilon"])
-    inputs = modality.prepare(samples())
-    assert torch.equal(modality.log_prob(automatic, inputs).values, modality.log_prob(fused, inputs).values)
-    with pytest.raises(ValueError, match="which is not installed"):
-        load(folders["epsilon"], attention="xformers")
-
-
-@pytest.mark.parametrize("lora", [None, LORA])
-def test_gradient_checkpointing_changes_no_gradient(folders, lora):
-    """With the reference's switch in between: the adapters are on again when checkpointing recomputes."""
-    gradients = []
-    for checkpointing in ("on", "off"):
-        modality, network = load(folders["epsilon"], lora=lora, gradient_checkpointing=checkpointing)
-        assert network.is_gradient_checkpointing == (checkpointing == "on")
-        torch.manual_seed(0)
-        for parameter in network.parameters():
-            if parameter.requires_grad:
-                parameter.data += 0.05 * torch.randn_like(parameter)
-        inputs = modality.prepare(samples())
-        if modality.reference_switch:
-            AdapterOff(modality.reference_switch).log_prob(modality, network, inputs)
-        modality.log_prob(network, inputs).sum().sum().backward()
-        gradients.append([p.grad for p in network.parameters() if p.grad is not None])
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
+        plain, gathered = load_file(tmp_path / "plain" / name), load_file(tmp_path / "wrapped" / name)
+        assert plain.keys() == gathered.keys()
+        assert all(torch.equal(value, gathered[key]) for key, value in plain.items())

@@ -85,7 +85,7 @@ def test_the_first_loss_is_ln_2_and_training_lowers_it(pairs: Path, tmp_path: Pa
     rows = curve(tmp_path)
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert rows[0]["rewards/accuracies"] == 0.5
-    assert rows[-1]["loss"] < 0.5
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.02
     assert result.steps == 20
     assert result.errors["no_feedback"] == rows[-1]["skipped/no_feedback"] > 0
     assert result.findings == [
@@ -209,6 +209,6 @@ def test_8_bit_adam_needs_its_library_and_a_gpu() -> None:
 
 def test_health_reports_waiting_and_cut_prompts() -> None:
     health = Health(max_skipped_steps=1, at_equality=None)
-    health.finish(data_wait=0.5, truncated_prompts=3, errors={"tie": 2})
+    health.finish(data_wait=0.5, seconds=60.0, truncated_prompts=3, errors={"tie": 2})
     assert len(health.fresh()) == 3
     assert health.fresh() == []

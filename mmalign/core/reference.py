@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, final
+from typing import Any, Protocol, final, runtime_checkable
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from torch import nn
 from mmalign.core.types import LogProbs, Modality
 
 
+@runtime_checkable
 class Reference(Protocol):
     def log_prob(self, modality: Modality, policy: nn.Module, inputs: Any) -> LogProbs | None:
         """Log-probs of `inputs` under the reference; None where there is none. `policy` is the network in training."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -78,6 +78,7 @@ class Pair:
         return Pair(log_probs.rows(0, chosen), log_probs.rows(chosen, len(log_probs.values)))
 
 
+@runtime_checkable
 class Modality(Protocol):
     """How likely a sample is, action by action, under a given network.
 

@@ -109,7 +109,8 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 def _fetch(location: str, sha256: str | None, copy: Path) -> None:
-    temporary = copy.with_suffix(f".{os.getpid()}.part")
+    # The lock is held: what a killed process left under this name is overwritten.
+    temporary = copy.with_suffix(".part")
     try:
         for attempt in range(_TRIES):
             try:

@@ -116,7 +116,8 @@ def picture_grid(records: Sequence[Record], side: int = 160, columns: int = 4) -
     draw = ImageDraw.Draw(grid)
     for row, record in enumerate(records):
         top = row * (side + _CAPTION)
-        draw.text((4, top + 8), _shortened(f"{record.key}: {_prompt_text(record.prompt)}", shown * side), "black")
+        title = f"{record.key}: {_prompt_text(record.prompt)}".replace("\n", " ")
+        draw.text((4, top + 8), _shortened(title, draw, shown * side - 8), "black")
         for place, candidate in enumerate(record.candidates[:shown]):
             box = (place * side, top + _CAPTION, (place + 1) * side, top + _CAPTION + side)
             if candidate.image is not None:
@@ -156,8 +157,14 @@ def _role(record: Record, place: int) -> str | None:
 
 
 def _paste(grid: Image.Image, picture: Image.Image, box: tuple[int, int, int, int]) -> None:
-    picture = picture.copy()
-    picture.thumbnail((box[2] - box[0] - 8, box[3] - box[1] - 8))
+    room = box[2] - box[0] - 8
+    if max(picture.size) * 2 <= room:
+        # Small pictures grow by a whole factor, so that their pixels can be seen as they are.
+        factor = room // max(picture.size)
+        picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    else:
+        picture = picture.copy()
+        picture.thumbnail((room, room))
     left = (box[0] + box[2] - picture.width) // 2
     grid.paste(picture, (left, (box[1] + box[3] - picture.height) // 2))
 
@@ -169,12 +176,14 @@ def _prompt_text(prompt: Any) -> str:
     return str(prompt[-1].get("content", "")) if prompt else ""
 
 
-def _shortened(text: str, pixels: int) -> str:
-    # The built-in font is some 6 pixels wide.
-    characters = max(4, pixels // 6 - 2)
-    return text if len(text) <= characters else text[: characters - 3] + "..."
+def _shortened(text: str, draw: ImageDraw.ImageDraw, pixels: int) -> str:
+    """`text`, cut where it would run out of `pixels`."""
+    shown = text[:pixels]
+    while len(shown) > 1 and draw.textlength(shown + "...") > pixels:
+        shown = shown[:-1]
+    return text if draw.textlength(text[:pixels]) <= pixels and len(text) <= pixels else shown + "..."
 
 
 def _wrapped(text: str, pixels: int) -> str:
-    width = max(8, pixels // 6 - 3)
+    width = max(8, pixels // 6 - 3)  # the built-in font is some 6 pixels wide
     return "\n".join(text[start : start + width] for start in range(0, min(len(text), 8 * width), width))

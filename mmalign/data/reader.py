@@ -29,6 +29,7 @@ from mmalign.data.manifest import Manifest
 from mmalign.data.order import Order, Place, draw_of
 from mmalign.data.schema import Record
 from mmalign.data.shard import OpenShard
+from mmalign.data.transport import Packed, Row, pack, unpack
 
 Collate = Callable[[Record, int, int], tuple[Sample, ...]]
 
@@ -145,7 +146,7 @@ class RecordStream:
         """
         batches = iter(self._loader(geometry))
         while True:
-            outcomes = [next(batches) for _ in range(geometry.accumulation)]
+            outcomes = [_unpacked(next(batches)) for _ in range(geometry.accumulation)]
             step = self._step(outcomes, geometry)
             for error in step.errors:
                 self.errors.add(error)
@@ -185,12 +186,12 @@ class RecordStream:
             self._slots,
             batch_sampler=_MicroBatches(self.position, geometry),
             num_workers=self._settings.workers,
-            collate_fn=_as_it_is,
+            collate_fn=pack if self._settings.workers else _as_it_is,
             # Its own generator: a loader otherwise draws from the global one, and a resumed run would differ.
             generator=torch.Generator(),
         )
 
-    def _step(self, outcomes: Sequence[Sequence[tuple[Sample, ...] | RecordError]], geometry: Geometry) -> Step:
+    def _step(self, outcomes: Sequence[Sequence[Row]], geometry: Geometry) -> Step:
         micro_batches = [[row for row in batch if not isinstance(row, RecordError)] for batch in outcomes]
         return Step(
             micro_batches=micro_batches,
@@ -230,7 +231,7 @@ class SlotReader(Dataset):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}
 
-    def __getitem__(self, slot: int) -> tuple[Sample, ...] | RecordError:
+    def __getitem__(self, slot: int) -> Row:
         place = self._order.place(slot)
         try:
             shard = self._shard(place)
@@ -241,7 +242,7 @@ class SlotReader(Dataset):
             # A fresh one: the caught one holds on to the frames it came through, and with them to the record.
             return RecordError(*error.args)
 
-    def __getitems__(self, slots: list[int]) -> list[tuple[Sample, ...] | RecordError]:
+    def __getitems__(self, slots: list[int]) -> list[Row]:
         return [self[slot] for slot in slots]
 
     def _shard(self, place: Place) -> OpenShard:
@@ -283,5 +284,9 @@ class _MicroBatches(Sampler[list[int]]):
             position += self._geometry.batch_size
 
 
-def _as_it_is(rows: Any) -> Any:
+def _as_it_is(rows: list[Row]) -> list[Row]:
     return rows
+
+
+def _unpacked(rows: list[Row] | Packed) -> list[Row]:
+    return unpack(rows) if isinstance(rows, Packed) else rows

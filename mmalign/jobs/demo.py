@@ -2,7 +2,7 @@
 
     mmalign demo diffusion             one training seed, 512 held-out prompts; some five minutes on two cores
     mmalign demo diffusion --quick     the same at a small size, two minutes; shows that it works, proves little
-    mmalign demo diffusion --full      three seeds, 1,024 held-out prompts, plain fine-tuning beside it: the README's table
+    mmalign demo diffusion --full      three seeds, 1,024 prompts, plain fine-tuning beside it: the README's table
 
 A genuine StableDiffusionPipeline draws candidates, the oracle prefers the best of each prompt to the worst, the pairs
 become latents, Diffusion-DPO trains the UNet, and base and aligned model answer the same held-out prompts.
@@ -10,8 +10,6 @@ become latents, Diffusion-DPO trains the UNet, and base and aligned model answer
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -26,7 +24,7 @@ from mmalign.evaluate.suite import Row
 from mmalign.jobs import encode, evaluate, generate, judge, train
 from mmalign.jobs.parallel import SideBySide, Task
 from mmalign.modalities.diffusion import DiffusionSampling
-from mmalign.training import TrainingSettings
+from mmalign.training import TrainingResult, TrainingSettings, read_rows
 
 POSITIONAL = "name"
 
@@ -91,11 +89,12 @@ def run(settings: Settings) -> list[Row]:
         clock.mark("judge and encode")
         trainings = [_training(folder, form, method, seed) for method in form.methods for seed in form.seeds]
         comparison = _evaluation(folder, form)
-        side_by_side([*map(_training_task, trainings), *_drawing_tasks(comparison, ["base"])])
+        results = side_by_side([*map(_training_task, trainings), *_drawing_tasks(comparison, ["base"])])
         clock.mark("train, base pictures")
         side_by_side(_drawing_tasks(comparison, form.methods))
         clock.mark("pictures of the aligned models")
-    rows = evaluate.report(comparison, _story(folder, settings, trainings[0], clock))
+    story = _story(folder, settings, trainings, results[: len(trainings)], clock)
+    rows = evaluate.report(comparison, story)
     console.print(f"{sum(clock.stages.values()):.0f} s in all: {clock.stages}")
     return rows
 
@@ -122,7 +121,11 @@ def _candidate_tasks(folder: Path, form: Form, seed: int) -> list[Task]:
             _candidates(folder, form, seed, (place, PROCESSES)),
             len(range(place, shards, PROCESSES)),
             lambda place=place: len(
-                [index for index in range(place, shards, PROCESSES) if (folder / f"candidates/{index:06d}.tar").exists()]
+                [
+                    index
+                    for index in range(place, shards, PROCESSES)
+                    if (folder / f"candidates/{index:06d}.tar").exists()
+                ]
             ),
         )
         for place in range(PROCESSES)
@@ -190,32 +193,36 @@ def _drawing_tasks(comparison: evaluate.Settings, names) -> list[Task]:
             drawn = Path(drawing.output)
             shards = -(-(comparison.count or 0) // drawing.records_per_shard)
             tasks.append(
-                Task(f"draw {drawn.name}", "generate", drawing, shards, lambda drawn=drawn: len(list(drawn.glob("*.tar"))))
+                Task(
+                    f"draw {drawn.name}",
+                    "generate",
+                    drawing,
+                    shards,
+                    lambda drawn=drawn: len(list(drawn.glob("*.tar"))),
+                )
             )
     return tasks
 
 
-def _story(folder: Path, settings: Settings, training: train.Settings, clock: Clock) -> evaluate.Story:
+def _story(
+    folder: Path, settings: Settings, trainings: list[train.Settings], results: list[TrainingResult], clock: Clock
+) -> evaluate.Story:
     pairs = Manifest.read(str(folder / "latents")).records
     candidates = Manifest.read(str(folder / "candidates")).records
     flags = f" --{settings.form}" * (settings.form != "default")
+    several = len(trainings) > 1
+    named = [(Path(training.output).name, result) for training, result in zip(trainings, results, strict=True)]
+    waits = [row["data_wait"] for training in trainings for row in read_rows(Path(training.output) / "metrics.jsonl")]
     return evaluate.Story(
         command=f"mmalign demo {settings.name}{flags}",
-        config=to_yaml(dataclasses.replace(training, resume=None)),
-        health=_health(folder),
-        skipped=_skipped(folder),
+        config=to_yaml(trainings[0]),
+        health=[f"{name}: {one}" if several else one for name, result in named for one in result.findings],
+        skipped=dict(sum((Counter(result.errors) for _, result in named), Counter())),
         notes=[
             f"{candidates} prompts of the training split, 4 unguided candidates each; the oracle found a best and a "
             f"worst for {pairs} of them, the rest were ties.",
             "Held-out prompts ask for compositions that neither the base model nor the pairs contain.",
+            f"Waiting for records took {sum(waits) / len(waits):.2%} of the training time.",
             "Seconds: " + ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in clock.stages.items()) + ".",
         ],
     )
-
-
-def _health(folder: Path) -> list[str]:
-    return []
-
-
-def _skipped(folder: Path) -> dict[str, int]:
-    return dict(Counter())

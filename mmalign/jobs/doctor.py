@@ -53,7 +53,9 @@ def _machine() -> dict[str, str]:
     free = memory.available(torch.device("cpu"))
     rows["cpu"] = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {free / GIB:.1f} GiB free"
     has_xformers = importlib.util.find_spec("xformers") is not None
-    rows["attention"] = "sdpa, xformers" if has_xformers else "sdpa (xformers is not installed: pip install 'mmalign[gpu]')"
+    rows["attention"] = (
+        "sdpa, xformers" if has_xformers else "sdpa (xformers is not installed: pip install 'mmalign[gpu]')"
+    )
     return rows
 
 

@@ -1,6 +1,6 @@
 """Writes the manifest (shards.json) of shards that have none: records, bytes and sha256 of each.
 
-    mmalign index path/to/shards
+mmalign index path/to/shards
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Counts, fields, feedback, bad records by kind, and a grid of pictures of shards.
 
-    mmalign inspect runs/pairs
-    mmalign inspect my-shards/ 'columns={prompt: txt, candidates: [jpg]}' grid=grid.png
+mmalign inspect runs/pairs
+mmalign inspect my-shards/ 'columns={prompt: txt, candidates: [jpg]}' grid=grid.png
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def run(settings: Settings) -> Summary:
         console.print(line, markup=False)
     if settings.grid is not None:
         if manifest.encoder is not None:
-            raise ValueError("these shards hold latents; a grid needs pictures (grid=null, or inspect what was encoded)")
+            raise ValueError("these shards hold latents; for a grid inspect the shards that were encoded")
         found = (one for one in records(manifest, settings.columns) if isinstance(one, Record))
         picture_grid(list(itertools.islice(found, settings.rows))).save(Path(settings.grid))
         console.print(f"pictures: {settings.grid}", markup=False)

@@ -47,11 +47,12 @@ def run(settings: Settings) -> Path:
     scorer = load_scorer(settings.scorer, str(device_of(settings.device)))
     by_name = {shard.row.name: shard for shard in manifest.shards}
     skipped = Skipped(settings.max_bad_share)
+    need = frozenset({"raw", "latent"} if manifest.encoder is not None else {"raw"})
     ties = 0
 
     def records_of(name: str) -> Iterator[Record]:
         nonlocal ties
-        for record in skipped.good(read_shard(by_name[name], need=frozenset({"raw", "latent"} if manifest.encoder else {"raw"}))):
+        for record in skipped.good(read_shard(by_name[name], need)):
             judged, tied = _judge(record, scorer, settings)
             ties += tied
             if judged.preferred or settings.keep_ties:
@@ -65,8 +66,7 @@ def run(settings: Settings) -> Path:
 def _judge(record: Record, scorer: Scorer, settings: Settings) -> tuple[Record, int]:
     scores = scorer(_samples(record))
     candidates = [
-        dataclasses.replace(candidate, score=score)
-        for candidate, score in zip(record.candidates, scores, strict=True)
+        dataclasses.replace(candidate, score=score) for candidate, score in zip(record.candidates, scores, strict=True)
     ]
     if len(candidates) < 2:
         return dataclasses.replace(record, candidates=candidates), 0

@@ -42,7 +42,7 @@ class SideBySide:
     def __enter__(self) -> SideBySide:
         self._logs.mkdir(parents=True, exist_ok=True)
         threads = max((os.cpu_count() or 1) // self._processes, 1)
-        # Spawned processes read it when torch is imported; a fork would inherit the parent's threads in an unknown state.
+        # Spawned processes read it when they import torch; a fork would inherit threads in an unknown state.
         with _environment("OMP_NUM_THREADS", str(threads)):
             self._pool = concurrent.futures.ProcessPoolExecutor(
                 self._processes, multiprocessing.get_context("spawn"), _start_worker, (threads,)

@@ -21,8 +21,8 @@ from torch import Tensor
 from mmalign.core.types import Sample
 from mmalign.modalities.diffusion_loading import DiffusionSettings, PipelineConfig, load_vae
 
-# pixels that pass through the VAE at a time: 4 pictures of 512 px, 256 of 64 px
-PIXELS_AT_A_TIME = 2**20
+# pixels that pass through the VAE at a time: 16 pictures of 64 px, one of 512 px (more is slower on a CPU)
+PIXELS_AT_A_TIME = 2**16
 CENTRE = (0.5, 0.5)
 
 Latents = Float[Tensor, "sample channel latent_height latent_width"]

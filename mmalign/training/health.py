@@ -10,7 +10,8 @@ LN_2 = math.log(2)
 STEP_ZERO_TOLERANCE = 1e-6
 # Steps whose margins are all exactly 0 before that is reported; a single one can be rounding.
 PATIENCE = 3
-WAIT_SHARE = 0.1
+# Waiting for records is worth a word above this share of the time, and this many seconds.
+WAIT_SHARE, WAIT_SECONDS = 0.1, 10.0
 
 
 class Health:
@@ -73,9 +74,9 @@ class Health:
                 "training.learning_rate, or use training.mixed_precision: bf16 or no"
             )
 
-    def finish(self, data_wait: float, truncated_prompts: int, errors: Mapping[str, int]) -> None:
+    def finish(self, data_wait: float, seconds: float, truncated_prompts: int, errors: Mapping[str, int]) -> None:
         """What only the whole run shows."""
-        if data_wait > WAIT_SHARE:
+        if data_wait > WAIT_SHARE and data_wait * seconds > WAIT_SECONDS:
             self.findings.append(
                 f"{data_wait:.0%} of the time went into waiting for records; raise data.workers or encode latents first"
             )

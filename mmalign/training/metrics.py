@@ -7,6 +7,7 @@ and a resume the file equals that of a run that was never interrupted. Numbers t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -45,13 +46,19 @@ class MetricsFile:
 
     def write(self, row: Row) -> None:
         self.last = row
-        self._file.write(_line(row))
-        # Flushed line by line: what a killed process wrote is then on record.
-        self._file.flush()
+        try:
+            # Flushed line by line: what a killed process wrote is then on record.
+            self._file.write(_line(row))
+            self._file.flush()
+        except OSError as error:
+            raise ValueError(f"could not write {self._file.name}: {error}; free some space, then resume") from None
 
     def close(self) -> None:
-        os.fsync(self._file.fileno())
-        self._file.close()
+        # Rows that could not be written were reported when they came.
+        with contextlib.suppress(OSError):
+            os.fsync(self._file.fileno())
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 class Stopwatch:
@@ -127,6 +134,7 @@ class Display:
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
                 console=console,
+                refresh_per_second=2,
             )
             self._task = self._progress.add_task("training", total=max_steps, completed=start, numbers="")
             self._progress.start()
@@ -145,7 +153,7 @@ class Display:
 
     def say(self, text: str) -> None:
         if self._console is not None:
-            self._console.print(text, markup=False)
+            self._console.print(text, markup=False, highlight=False)
 
     def close(self) -> None:
         if self._progress is not None:

@@ -179,7 +179,8 @@ def train(
             recorder.display.say(f"resuming from {start}")
         path, stopped = _loop(run, policy, geometry, preview, recorder)
         model = None if stopped else _export(modality, policy, folder, processes)
-        health.finish(recorder.data_wait, modality.truncated_prompts, run.errors)
+        timing = recorder.total.lap()
+        health.finish(timing["data_wait"], timing["seconds"], modality.truncated_prompts, run.errors)
         recorder.report()
     finally:
         recorder.close()
@@ -230,7 +231,7 @@ class _Recorder:
     def __init__(self, run: _Run, describe: Mapping[str, Any], console: Console | None):
         main = run.processes.main
         self._run = run
-        self._watch, self._total = Stopwatch(), Stopwatch()
+        self._watch, self.total = Stopwatch(), Stopwatch()
         self._file: MetricsFile | None = None
         self.last: Row = {}
         self._trackers = Trackers(run.settings.trackers if main else (), run.folder, asdict(run.settings))
@@ -242,14 +243,10 @@ class _Recorder:
             self.last = self._file.last
         self.display = Display(console if main else None, run.step, run.settings.max_steps)
 
-    @property
-    def data_wait(self) -> float:
-        return self._total.lap()["data_wait"]
-
     def record(self, batch: Step, update: Update, waited: float) -> None:
         run = self._run
         self._watch.add(waited, update.samples)
-        self._total.add(waited, update.samples)
+        self.total.add(waited, update.samples)
         self.report()
         if run.step % run.settings.log_every and run.step + 1 < run.settings.max_steps:
             return

@@ -137,7 +137,11 @@ class Updater:
 
     def _seed(self, position: int, micro_batch: int) -> None:
         """Dropout and the like draw from here: from the seed and the place in the stream alone, not from history."""
-        torch.manual_seed(hash((self._settings.seed, self._geometry.first_slot(position, micro_batch))) % 2**63)
+        seed = hash((self._settings.seed, self._geometry.first_slot(position, micro_batch))) % 2**63
+        # Not torch.manual_seed: without a GPU it keeps a stack trace of every call for later.
+        torch.default_generator.manual_seed(seed)
+        if self._processes.device.type != "cpu":
+            torch.get_device_module(self._processes.device).manual_seed(seed)
 
     def _borrow(self, batch: Step, counts: Tensor) -> Rows:
         source = int((counts.sum(1) > 0).nonzero()[0])

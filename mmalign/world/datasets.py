@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 
 from mmalign.world.language import Caption, describe
 from mmalign.world.scene import Scene, random_scene
@@ -46,19 +46,33 @@ def captioned_scenes(seed: int, split: str = "train", counts=OBJECT_COUNTS) -> I
 
 
 def prompts(count: int, seed: int, split: str = "train") -> list[Caption]:
-    """`count` prompts of `split` with the kinds of PROMPT_KINDS, without repetition while there are enough."""
+    """`count` different prompts of `split`, of the kinds of PROMPT_KINDS.
+
+    There are only some dozens of prompts with one object or a count; once they are used up, the other kinds fill in.
+    """
     _check_split(split)
     generator = random.Random(f"{seed} {split} prompts")
-    chosen: list[Caption] = []
-    seen: set[Caption] = set()
+    chosen: dict[Caption, None] = {}
+    odds = dict(PROMPT_KINDS)
     while len(chosen) < count:
-        kind = generator.choices(list(PROMPT_KINDS), list(PROMPT_KINDS.values()))[0]
-        caption, tries = _caption_of_kind(kind, split, generator), 0
-        while caption in seen and tries < 20:
-            caption, tries = _caption_of_kind(kind, split, generator), tries + 1
-        chosen.append(caption)
-        seen.add(caption)
-    return chosen
+        kind = generator.choices(list(odds), list(odds.values()))[0]
+        fresh = _fresh(kind, split, chosen, generator)
+        if fresh is not None:
+            chosen[fresh] = None
+        elif len(odds) > 1:
+            del odds[kind]
+        else:
+            raise ValueError(f"split {split} has fewer than {count} different prompts")
+    return list(chosen)
+
+
+def _fresh(kind: str, split: str, seen: Container[Caption], generator: random.Random) -> Caption | None:
+    """A caption that is not in `seen`; None where 400 draws found none."""
+    for _ in range(400):
+        caption = _caption_of_kind(kind, split, generator)
+        if caption not in seen:
+            return caption
+    return None
 
 
 def _caption_of_kind(kind: str, split: str, generator: random.Random) -> Caption:

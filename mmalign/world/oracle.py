@@ -80,12 +80,12 @@ def parse_image(image: Image.Image | np.ndarray) -> ParsedScene:
     colour_of = _nearest_colour(pixels)
     objects, malformed = [], 0
     for index, colour in enumerate(COLOURS):
-        regions, count = ndimage.label(colour_of == index)
-        for number in range(1, count + 1):
-            mask = regions == number
+        regions, _ = ndimage.label(colour_of == index)  # pyright: ignore[reportGeneralTypeIssues]
+        for number in range(1, regions.max() + 1):
+            mask = np.asarray(regions == number)
             if mask.sum() < _SMALLEST_REGION:
                 continue
-            thing = _recognise(ndimage.binary_fill_holes(mask), colour)
+            thing = _recognise(np.asarray(ndimage.binary_fill_holes(mask)), colour)
             objects, malformed = (objects + [thing], malformed) if thing else (objects, malformed + 1)
     return ParsedScene(tuple(sorted(objects)), malformed)
 
