@@ -5,7 +5,7 @@
 Three stages, each on the renders of train-split scenes:
   vae     AutoencoderKL, 64 px to 8 x 8 x 4: mean absolute + squared error, KL weight 1e-6
   unet    UNet2DConditionModel and CLIPTextModel together, v-prediction, zero terminal SNR, 10% empty captions, EMA
-  errors  the same, on captions in which each colour and shape word is wrong with probability 0.3, as web captions are:
+  errors  the same, on captions in which each colour and shape word is wrong with probability 0.2, as web captions are:
           the model then knows the right answer and errs, and alignment has something to do
 Stages are skipped when their folder exists under --work. The log (stage, step, loss, seconds) is work/log.jsonl.
 """
@@ -17,6 +17,7 @@ import copy
 import itertools
 import json
 import random
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,7 +49,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae-steps", type=int, default=3000)
     parser.add_argument("--unet-steps", type=int, default=6000)
-    parser.add_argument("--error-steps", type=int, default=1500)
+    parser.add_argument("--error-steps", type=int, default=1000)
+    parser.add_argument("--error-rate", type=float, default=0.2, help="share of wrong colour and shape words")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -58,8 +60,20 @@ def main() -> None:
     vae.eval().requires_grad_(False)
     pictures = Latents(vae, args.seed)
     base = stage(args, "unet", StableDiffusionPipeline, train_unet, args.unet_steps, vae, pictures, 0.0, None)
-    errs = stage(args, "errors", StableDiffusionPipeline, train_unet, args.error_steps, vae, pictures, 0.3, base)
+    errs = stage(
+        args, "errors", StableDiffusionPipeline, train_unet, args.error_steps, vae, pictures, args.error_rate, base
+    )
     errs.to(dtype=torch.float16).save_pretrained(args.out, safe_serialization=True)
+    shutil.copy(args.work / "log.jsonl", args.out / "training_log.jsonl")
+    for path in args.out.rglob("*.json"):
+        forget_origin(path)
+
+
+def forget_origin(path: Path) -> None:
+    """Drops the folder that diffusers notes in each config: it means nothing elsewhere."""
+    fields = json.loads(path.read_text())
+    if fields.pop("_name_or_path", None):
+        path.write_text(json.dumps(fields, indent=2) + "\n")
 
 
 def stage(args, name, loader, train, steps, *inputs):

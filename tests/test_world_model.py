@@ -1,4 +1,4 @@
-"""Gates of the pipeline that ships with mmalign: what the oracle needs of its VAE, and that it is a plain diffusers folder."""
+"""Gates of the pipeline that ships with mmalign: the oracle reads its VAE, and it is a plain diffusers folder."""
 
 import random
 
@@ -22,10 +22,10 @@ def test_at_least_97_percent_of_the_reconstructions_are_parsed_wholly_right():
     vae = AutoencoderKL.from_pretrained(FOLDER, subfolder="vae", torch_dtype=torch.float32)
     generator = random.Random(0)
     scenes = [Scene((thing,)) for thing in every_object()]
-    scenes += [random_scene(generator, 1 + index % 3) for index in range(600)]
+    scenes += [random_scene(generator, 1 + index % 3) for index in range(208)]
     right = 0
-    for start in range(0, len(scenes), 72):
-        chunk = scenes[start : start + 72]
+    for start in range(0, len(scenes), 16):
+        chunk = scenes[start : start + 16]
         pixels = torch.from_numpy(np.stack([render_array(scene) for scene in chunk])).permute(0, 3, 1, 2) / 127.5 - 1
         decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample  # pyright: ignore
         pictures = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
