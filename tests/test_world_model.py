@@ -1,6 +1,7 @@
 """Gates of the pipeline that ships with mmalign: the oracle reads its VAE, and it is a plain diffusers folder."""
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ def test_the_folder_is_small_and_loads_as_a_stable_diffusion_pipeline():
 
     assert sum(path.stat().st_size for path in FOLDER.rglob("*")) <= 20_000_000
     assert {path.suffix for path in FOLDER.rglob("*") if path.is_file()} <= {".json", ".jsonl", ".safetensors"}
-    pipeline = StableDiffusionPipeline.from_pretrained(FOLDER, torch_dtype=torch.float32)
+    pipeline: Any = StableDiffusionPipeline.from_pretrained(FOLDER, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     [picture] = pipeline("a red circle", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images
     assert picture.size == (64, 64)

@@ -227,7 +227,7 @@ def _story(
         health=[f"{name}: {one}" if several else one for name, result in named for one in result.findings],
         skipped=dict(sum((Counter(result.errors) for _, result in named), Counter())),
         notes=[
-            f"{candidates} prompts of the training split, 4 candidates each at guidance {CANDIDATES.guidance_scale:g}; the oracle found a best and a "
+            f"{candidates} prompts of the training split, 4 candidates each; the oracle found a best and a "
             f"worst for {pairs} of them, the rest were ties.",
             "Held-out prompts ask for compositions that neither the base model nor the pairs contain.",
             f"Waiting for records took {sum(waits) / len(waits):.2%} of the training time.",
