@@ -79,7 +79,7 @@ def test_the_page_is_complete_and_stands_alone(tmp_path, runs):
     for expected in ("2 of 2 training seeds", "Loss", "step 3: skipped", "1,131", "record 000017", "Every seed"):
         assert expected in text
     row = summarise(runs)[-1]
-    asked = f"40 samples for {row.prompts} different held-out prompts"
+    asked = "40 held-out prompts" if row.prompts == 40 else f"40 samples for {row.prompts} different held-out prompts"
     assert f"dpo gets {100 * known(row.accuracy).value:.1f}% of {asked} right" in text
     assert str(tmp_path) not in text
 

@@ -9,6 +9,7 @@ are shared out among the processes. The picture of a candidate depends on (seed,
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,8 @@ class Settings:
     count: int | None = None
     # pictures for each prompt
     candidates: int = 4
+    # the guidance scale of each candidate, e.g. [2, 2, 1, 1]; null: sampling.guidance_scale for all
+    guidance: list[float] | None = None
     seed: int = 0
     records_per_shard: int = 128
     # [place, of how many]: this process's part of the shards; null: RANK and WORLD_SIZE, as torchrun sets them
@@ -44,6 +47,9 @@ class Settings:
 
 
 def run(settings: Settings) -> Path:
+    scales = settings.guidance or [settings.sampling.guidance_scale] * settings.candidates
+    if len(scales) != settings.candidates:
+        raise ValueError(f"guidance lists {len(scales)} scales for {settings.candidates} candidates; give one for each")
     prompts = read_prompts(settings.prompts, settings.count, settings.seed)
     modality, network = load(
         with_shipped_model(settings.model), device=device_of(settings.device), dtype=torch.float32, need_vae=True
@@ -52,16 +58,19 @@ def run(settings: Settings) -> Path:
     def records_of(name: str) -> Iterator[Record]:
         start = int(Path(name).stem) * settings.records_per_shard
         numbers = range(start, min(start + settings.records_per_shard, len(prompts)))
-        jobs = [(number, candidate) for number in numbers for candidate in range(settings.candidates)]
-        samples = modality.generate(
-            network,
-            [prompts[number] for number, _ in jobs],
-            [seed_of(settings.seed, number, candidate) for number, candidate in jobs],
-            settings.sampling,
-        )
-        for place, number in enumerate(numbers):
-            drawn = samples[place * settings.candidates : (place + 1) * settings.candidates]
-            candidates = [Candidate(image=sample.image, source=settings.model.path) for sample in drawn]
+        drawn: dict[tuple[int, int], Candidate] = {}
+        for scale in dict.fromkeys(scales):
+            places = [(number, place) for number in numbers for place, one in enumerate(scales) if one == scale]
+            samples = modality.generate(
+                network,
+                [prompts[number] for number, _ in places],
+                [seed_of(settings.seed, number, place) for number, place in places],
+                dataclasses.replace(settings.sampling, guidance_scale=scale),
+            )
+            for place, sample in zip(places, samples, strict=True):
+                drawn[place] = Candidate(image=sample.image, source=f"{settings.model.path}, guidance {scale:g}")
+        for number in numbers:
+            candidates = [drawn[number, place] for place in range(settings.candidates)]
             yield Record(key=f"{number:08d}", prompt=prompts[number], candidates=candidates)
 
     count = -(-len(prompts) // settings.records_per_shard)
