@@ -51,10 +51,12 @@ OBJECTIVES: dict[str, dict[str, Any]] = {"dpo": {"name": "dpo", "beta": 100.0}, 
 LEARNING_RATE = 5e-5
 # Which objects stand where is decided at high noise, which `eps_equivalent` all but ignores in a v-prediction model.
 WEIGHTING = "native"
-# Candidates are drawn with some guidance: the best of four are then often right, and the worst err as pictures do that
-# are looked at. Half the usual steps are enough to see what a picture shows.
-CANDIDATES = DiffusionSampling(guidance_scale=2.0, inference_steps=10)
-GUIDANCE = (1.0, 3.0)
+# Two candidates with guidance, two without: the best is then often right, and the worst errs as the bare model does.
+# Half the usual steps are enough to see what a picture shows.
+CANDIDATE_GUIDANCE = [2.0, 2.0, 1.0, 1.0]
+CANDIDATE_STEPS = 10
+GUIDANCE = (1.0, 2.0)
+RECORDS_PER_SHARD = 32
 PROCESSES = 2
 
 
@@ -109,17 +111,18 @@ def _candidates(folder: Path, form: Form, seed: int, share: tuple[int, int] | No
         output=str(folder / "candidates"),
         prompts="world:train",
         count=form.prompts,
-        candidates=4,
+        candidates=len(CANDIDATE_GUIDANCE),
+        guidance=CANDIDATE_GUIDANCE,
         seed=seed,
-        records_per_shard=16,
+        records_per_shard=RECORDS_PER_SHARD,
         share=share,
         device="cpu",
-        sampling=CANDIDATES,
+        sampling=DiffusionSampling(inference_steps=CANDIDATE_STEPS),
     )
 
 
 def _candidate_tasks(folder: Path, form: Form, seed: int) -> list[Task]:
-    shards = form.prompts // 16
+    shards = form.prompts // RECORDS_PER_SHARD
     return [
         Task(
             f"candidates, part {place + 1} of {PROCESSES}",
@@ -227,8 +230,8 @@ def _story(
         health=[f"{name}: {one}" if several else one for name, result in named for one in result.findings],
         skipped=dict(sum((Counter(result.errors) for _, result in named), Counter())),
         notes=[
-            f"{candidates} prompts of the training split, 4 candidates each; the oracle found a best and a "
-            f"worst for {pairs} of them, the rest were ties.",
+            f"{candidates} prompts of the training split, two guided and two unguided candidates each; the oracle "
+            f"found a best and a worst for {pairs} of them, the rest were ties.",
             "Held-out prompts ask for compositions that neither the base model nor the pairs contain.",
             f"Waiting for records took {sum(waits) / len(waits):.2%} of the training time.",
             "Seconds: " + ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in clock.stages.items()) + ".",
