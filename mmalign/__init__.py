@@ -22,50 +22,51 @@ Config = str | Path | Mapping[str, Any] | None
 
 def demo(config: Config = None, *overrides: str) -> Any:
     """The whole journey on the embedded world: candidates, pairs, training, evaluation, report."""
-    return _run("demo", config, overrides)
+    return run_verb("demo", config, overrides)
 
 
 def train(config: Config = None, *overrides: str) -> Any:
     """Aligns a model on shards of preferences. Returns a TrainingResult."""
-    return _run("train", config, overrides)
+    return run_verb("train", config, overrides)
 
 
 def generate(config: Config = None, *overrides: str) -> Any:
     """N candidates for each prompt, into shards. Returns their folder."""
-    return _run("generate", config, overrides)
+    return run_verb("generate", config, overrides)
 
 
 def judge(config: Config = None, *overrides: str) -> Any:
     """Scores the candidates of shards and writes preferences into new shards. Returns their folder."""
-    return _run("judge", config, overrides)
+    return run_verb("judge", config, overrides)
 
 
 def encode(config: Config = None, *overrides: str) -> Any:
     """Adds VAE latents to shards, so that training needs no VAE. Returns the folder of the new shards."""
-    return _run("encode", config, overrides)
+    return run_verb("encode", config, overrides)
 
 
 def evaluate(config: Config = None, *overrides: str) -> Any:
     """Compares models on the same held-out prompts and seeds. Returns the rows of the result table."""
-    return _run("evaluate", config, overrides)
+    return run_verb("evaluate", config, overrides)
 
 
 def index(config: Config = None, *overrides: str) -> Any:
     """Writes the manifest of shards that have none. Returns its path."""
-    return _run("index", config, overrides)
+    return run_verb("index", config, overrides)
 
 
 def inspect(config: Config = None, *overrides: str) -> Any:
     """Counts, fields, feedback and pictures of shards."""
-    return _run("inspect", config, overrides)
+    return run_verb("inspect", config, overrides)
 
 
 def doctor(config: Config = None, *overrides: str) -> Any:
     """Versions, devices and what a training config will need, before anything is loaded."""
-    return _run("doctor", config, overrides)
+    return run_verb("doctor", config, overrides)
 
 
-def _run(verb: str, config: Config, overrides: tuple[str, ...]) -> Any:
+def run_verb(verb: str, config: Config, overrides: tuple[str, ...]) -> Any:
+    """What all of the above do. Raises ValueError and OSError with one message that says what to change."""
     from mmalign.config import build, load
 
     job = importlib.import_module(f"mmalign.jobs.{verb}")

@@ -1,7 +1,7 @@
 """Golden curves: twenty steps of the shipped world recipe on fixed pairs give the losses on record, and they learn.
 
-The loss of a step depends on everything below it: order, draws, latents, schedule, weighting, objective, optimizer. After
-a change that is meant to move it: `python -m tests.test_golden` writes the curve anew; say why in the commit.
+The loss of a step depends on everything below it: order, draws, latents, schedule, weighting, objective, optimizer.
+After a change that is meant to move it: `python -m tests.test_golden` writes the curve anew; say why in the commit.
 """
 
 import json
