@@ -5,6 +5,7 @@ After a change that is meant to move it: `python -m tests.test_golden` writes th
 """
 
 import json
+import math
 import os
 import random
 import subprocess
@@ -54,7 +55,8 @@ def curve(folder: Path) -> dict[str, list[float]]:
 
 def test_twenty_steps_of_the_world_recipe(tmp_path):
     found, expected = curve(tmp_path), json.loads(GOLDEN.read_text())
-    assert found["loss"][0] == pytest.approx(0.693147, abs=1e-6)
+    # Where two fp32 passes round differently (here by 2e-8), beta 150 makes some 1.5e-6 of it.
+    assert found["loss"][0] == pytest.approx(math.log(2), abs=5e-6)
     for name in FIELDS:
         assert found[name] == pytest.approx(expected[name], rel=2e-2, abs=2e-3), name
     assert sum(found["rewards/margins"][-5:]) > sum(found["rewards/margins"][:5])

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 LN_2 = math.log(2)
-STEP_ZERO_TOLERANCE = 1e-6
+# Two fp32 passes may round differently, by some 1e-8 in a log-prob, and beta (thousands, for images) multiplies that.
+STEP_ZERO_TOLERANCE = 1e-4
 # Steps whose margins are all exactly 0 before that is reported; a single one can be rounding.
 PATIENCE = 3
 # Waiting for records is worth a word above this share of the time, and this many seconds.
