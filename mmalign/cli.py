@@ -20,7 +20,7 @@ VERBS = {
 }
 EPILOG = """\
 examples:
-  mmalign demo diffusion --quick                          two minutes on a laptop, no download
+  mmalign demo diffusion --quick                          one minute on two cores, no download
   mmalign train configs/world_dpo.yaml objective.beta=300
   mmalign generate output=runs/candidates prompts=prompts.txt model.path=my/stable-diffusion
   mmalign doctor configs/sd15_dpo.yaml                    memory and batch geometry, before anything is loaded

@@ -1,7 +1,7 @@
 """The whole journey on the embedded world, without network: candidates, pairs, training, evaluation, report.
 
-    mmalign demo diffusion             one training seed, 512 held-out prompts; some five minutes on two cores
-    mmalign demo diffusion --quick     the same at a small size, two minutes; shows that it works, proves little
+    mmalign demo diffusion             one training seed, 512 held-out prompts; some seven minutes on two cores
+    mmalign demo diffusion --quick     the same at a small size, one minute; shows that it works, proves little
     mmalign demo diffusion --full      three seeds, 1,024 prompts, plain fine-tuning beside it: the README's table
 
 A genuine StableDiffusionPipeline draws candidates, the oracle prefers the best of each prompt to the worst, the pairs
