@@ -89,7 +89,6 @@ def run(settings: Settings) -> list[Row]:
     console, clock = Console(), Clock()
     with SideBySide(PROCESSES, folder / "logs", console) as side_by_side:
         side_by_side(_candidate_tasks(folder, form, settings.seed))
-        generate.run(_candidates(folder, form, settings.seed, share=None))
         clock.mark("candidates")
         judge.run(judge.Settings(shards=str(folder / "candidates"), output=str(folder / "pairs")))
         encode.run(encode.Settings(shards=str(folder / "pairs"), output=str(folder / "latents"), device="cpu"))
@@ -106,7 +105,7 @@ def run(settings: Settings) -> list[Row]:
     return rows
 
 
-def _candidates(folder: Path, form: Form, seed: int, share: tuple[int, int] | None) -> generate.Settings:
+def _candidates(folder: Path, form: Form, seed: int, share: tuple[int, int]) -> generate.Settings:
     return generate.Settings(
         output=str(folder / "candidates"),
         prompts="world:train",

@@ -65,10 +65,6 @@ class Skipped:
                 f"{self._max_bad_share:g} allows: {self.log.summary()}"
             )
 
-    def drop(self, kind: str, record: Record, message: str) -> None:
-        """Counts a record that was read but cannot be used."""
-        self.log.add(RecordError(kind, record.shard, record.key, message))
-
 
 def progress_bar(console: Console | None = None) -> Progress:
     return Progress(
