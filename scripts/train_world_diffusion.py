@@ -8,12 +8,14 @@ Three stages, each on the renders of train-split scenes:
   errors  the same, on captions in which each colour and shape word is wrong with probability 0.2, as web captions are:
           the model then knows the right answer and errs, and alignment has something to do
 Stages are skipped when their folder exists under --work. The log (stage, step, loss, seconds) is work/log.jsonl.
+With --start the VAE is that of an earlier pipeline, and the stage unet goes on from its UNet and text encoder.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import itertools
 import json
 import random
@@ -46,9 +48,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the finished pipeline (fp16 safetensors)")
     parser.add_argument("--work", type=Path, default=Path("runs/world-diffusion"), help="stages and log")
+    parser.add_argument("--start", type=Path, help="folder of an earlier pipeline to go on from; default: from nothing")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae-steps", type=int, default=3000)
     parser.add_argument("--unet-steps", type=int, default=6000)
+    parser.add_argument("--unet-learning-rate", type=float, default=1e-3, help="at its peak")
+    parser.add_argument("--pictures", type=int, default=24_000, help="captioned scenes, encoded once")
     parser.add_argument("--error-steps", type=int, default=1000)
     parser.add_argument("--error-rate", type=float, default=0.2, help="share of wrong colour and shape words")
     parser.add_argument("--threads", type=int, default=1)
@@ -56,13 +61,15 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     args.work.mkdir(parents=True, exist_ok=True)
-    vae = stage(args, "vae", AutoencoderKL, train_vae, args.vae_steps)
+    earlier = StableDiffusionPipeline.from_pretrained(args.start, torch_dtype=torch.float32) if args.start else None
+    vae = earlier.vae if earlier else stage(args, "vae", AutoencoderKL, train_vae, args.vae_steps)
     vae.eval().requires_grad_(False)
-    pictures = Latents(vae, args.seed)
-    base = stage(args, "unet", StableDiffusionPipeline, train_unet, args.unet_steps, vae, pictures, 0.0, None)
-    errs = stage(
-        args, "errors", StableDiffusionPipeline, train_unet, args.error_steps, vae, pictures, args.error_rate, base
-    )
+    pictures = Latents(vae, args.seed, args.pictures)
+    train = functools.partial(train_unet, vae=vae, pictures=pictures)
+    clean = functools.partial(train, error_rate=0.0, peak=args.unet_learning_rate, start_from=earlier)
+    base = stage(args, "unet", StableDiffusionPipeline, clean, args.unet_steps)
+    wrong = functools.partial(train, error_rate=args.error_rate, peak=3e-4, start_from=base)
+    errs = stage(args, "errors", StableDiffusionPipeline, wrong, args.error_steps)
     errs.to(dtype=torch.float16).save_pretrained(args.out, safe_serialization=True)
     shutil.copy(args.work / "log.jsonl", args.out / "training_log.jsonl")
     for path in args.out.rglob("*.json"):
@@ -76,12 +83,12 @@ def forget_origin(path: Path) -> None:
         path.write_text(json.dumps(fields, indent=2) + "\n")
 
 
-def stage(args, name, loader, train, steps, *inputs):
+def stage(args, name, loader, train, steps):
     """The model of a stage: read from the work folder, or trained and written there."""
     folder = args.work / name
     if not folder.exists():
         with (args.work / "log.jsonl").open("a") as file:
-            model = train(args, lambda **row: log(file, stage=name, **row), steps, *inputs)
+            model = train(args, lambda **row: log(file, stage=name, **row), steps)
         model.save_pretrained(folder)
     return loader.from_pretrained(folder)
 
@@ -164,7 +171,7 @@ def measure_scaling(vae, seed: int) -> float:
 class Latents:
     """Captioned scenes with the posterior mean of their latents, encoded once."""
 
-    def __init__(self, vae, seed: int, count: int = 24_000):
+    def __init__(self, vae, seed: int, count: int):
         source = captioned_scenes(seed)
         self.scenes, self.captions = zip(*(next(source) for _ in range(count)), strict=True)
         with torch.no_grad():
@@ -241,12 +248,11 @@ def build_pipeline(work: Path, vae) -> StableDiffusionPipeline:
     )
 
 
-def train_unet(args, report, steps: int, vae, pictures: Latents, error_rate: float, start_from):
+def train_unet(args, report, steps: int, *, vae, pictures: Latents, error_rate: float, peak: float, start_from):
     pipeline = start_from or build_pipeline(args.work, vae)
     pipeline.set_progress_bar_config(disable=True)
     modules = torch.nn.ModuleList([pipeline.unet, pipeline.text_encoder]).train()
     average = copy.deepcopy(modules)
-    peak = 1e-3 if start_from is None else 3e-4
     optimizer = torch.optim.AdamW(modules.parameters(), lr=peak, weight_decay=1e-3, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps, pct_start=0.05)
     draws, start, running = random.Random(args.seed + 1), time.time(), []
