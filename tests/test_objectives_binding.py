@@ -1,154 +1,183 @@
-"""Objectives against values derived by hand, symmetries, and gradcheck in float64."""
+"""From a config section to a loss: names, keys, lists of objectives, and what each asks of the records."""
 
 import math
 
 import pytest
 import torch
 
-from mmalign.core.objectives import CHOSEN_ONLY, PAIRED, REFERENCE_FREE, bind_objective
-from mmalign.core.types import LogProbs, Pair
-
-PREFERENCE = sorted(set(PAIRED) - CHOSEN_ONLY)
-
-
-def log_probs(rows, weight=None) -> LogProbs:
-    values = torch.tensor(rows, dtype=torch.float64)
-    weights = torch.ones_like(values) if weight is None else torch.tensor(weight, dtype=torch.float64)
-    return LogProbs(values, weights)
+from mmalign.core.labels import Labels
+from mmalign.core.objectives import BATCH_DEPENDENT, FAMILIES, LABELLED, PAIRED, POLICY_GRADIENT, bind_objective
+from mmalign.core.types import LogProbs, Sample
 
 
-def random_pair(seed: int, requires_grad: bool = False) -> Pair:
-    generator = torch.Generator().manual_seed(seed)
-
-    def rows() -> LogProbs:
-        values = -torch.rand(3, 5, dtype=torch.float64, generator=generator)
-        weight = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]], dtype=torch.float64)
-        return LogProbs(values.requires_grad_(requires_grad), weight)
-
-    return Pair(rows(), rows())
+def samples(*desirable: bool, score=None, **numbers: float) -> list[Sample]:
+    """A chosen and a rejected sample of each row, desirable ones first, as the loop arranges them."""
+    return [
+        Sample(str(index), "p", group=index, draw=0, desirable=kind, score=score, numbers=numbers)
+        for index, kind in enumerate(desirable)
+    ]
 
 
-# One pair of two tokens each: c = (-1 - 2) - (-2 - 2) = 1, r = (-3 - 1) - (-2 - 1) = -1, D = 2, |y| = 2.
-POLICY = Pair(log_probs([[-1.0, -2.0]]), log_probs([[-3.0, -1.0]]))
-REFERENCE = Pair(log_probs([[-2.0, -2.0]]), log_probs([[-2.0, -1.0]]))
+def rows(*values: float) -> LogProbs:
+    column = torch.tensor(values, dtype=torch.float64)[:, None]
+    return LogProbs(column, torch.ones_like(column))
 
 
-@pytest.mark.parametrize(
-    ("section", "expected"),
-    [
-        ({"name": "dpo", "beta": 0.5}, math.log1p(math.exp(-1.0))),  # z = 1
-        (
-            {"name": "dpo", "beta": 0.5, "label_smoothing": 0.1},
-            0.9 * math.log1p(math.exp(-1)) + 0.1 * math.log1p(math.exp(1)),
-        ),
-        ({"name": "hinge", "beta": 0.25}, 0.5),
-        ({"name": "hinge", "beta": 1.0}, 0.0),
-        ({"name": "ipo", "beta": 0.5}, 1.0),  # (2 - 1)^2
-        ({"name": "ipo", "beta": 0.25, "normalize": True}, 1.0),  # (1/2 + 1/2 - 2)^2
-        ({"name": "ln_dpo", "beta": 3.0}, math.log1p(math.exp(-3.0))),
-        ({"name": "sft"}, 1.5),  # (1 + 2) / 2
-    ],
-)
-def test_values_derived_by_hand(section, expected):
-    loss, _ = bind_objective(section)(POLICY, REFERENCE)
-    assert loss.item() == pytest.approx(expected, rel=1e-12)
+# Two pairs: c = (1, 2), r = (-1, 1), so D = (2, 1).
+POLICY, REFERENCE = rows(-1.0, -1.0, -3.0, -2.0), rows(-2.0, -3.0, -2.0, -3.0)
+LABELS = Labels.of(samples(True, True, False, False))
 
 
-def test_metrics_of_the_same_pair():
-    _, metrics = bind_objective({"name": "dpo", "beta": 0.5})(POLICY, REFERENCE)
-    assert {name: value.item() for name, value in metrics.items()} == pytest.approx(
-        {
-            "rewards/chosen": 0.5,
-            "rewards/rejected": -0.5,
-            "rewards/margins": 1.0,
-            "rewards/accuracies": 1.0,
-            "logps/chosen": -3.0,
-            "logps/rejected": -4.0,
-        }
-    )
+def softplus(value: float) -> float:
+    return math.log1p(math.exp(value))
+
+
+def test_a_pair_is_made_of_desirable_and_undesirable_samples():
+    loss, metrics = bind_objective({"name": "dpo", "beta": 0.5})(POLICY, REFERENCE, LABELS)
+    assert loss.item() == pytest.approx((softplus(-1.0) + softplus(-0.5)) / 2, rel=1e-12)
+    assert metrics["rewards/chosen"].item() == pytest.approx(0.5 * 1.5)
+
+
+def test_a_list_adds_its_losses():
+    """MPO: 0.8 dpo + 0.2 bco_pair + 1.0 sft, Wang et al. 2024 (arXiv 2411.10442)."""
+    parts = [("dpo", 0.8), ("bco_pair", 0.2), ("sft", 1.0)]
+    mpo = bind_objective([{"name": name, "weight": weight} for name, weight in parts])
+    loss, metrics = mpo(POLICY, REFERENCE, LABELS)
+    alone = [bind_objective({"name": name})(POLICY, REFERENCE, LABELS)[0] for name, _ in parts]
+    assert loss.item() == pytest.approx(sum(w * one.item() for (_, w), one in zip(parts, alone, strict=True)))
+    assert metrics["loss/sft"].item() == pytest.approx(1.0)  # the mean of -(-1) and -(-1)
+    assert mpo.name == "dpo+bco_pair+sft"
+    assert mpo.needs_reference
+    assert mpo.row == "pair"
+
+
+def test_labelled_objectives_read_pairs_too():
+    both = bind_objective([{"name": "dpo"}, {"name": "npo"}])
+    assert both.row == "pair"
+    alone = bind_objective({"name": "npo"})(POLICY, REFERENCE, LABELS)[0]
+    dpo = bind_objective({"name": "dpo"})(POLICY, REFERENCE, LABELS)[0]
+    assert both(POLICY, REFERENCE, LABELS)[0].item() == pytest.approx((alone + dpo).item())
+
+
+def test_weights_margins_and_consistency_come_from_the_records():
+    chosen, rejected = samples(True, score=3.0, weight=2.0)[0], samples(False, score=1.0, weight=2.0)[0]
+    labels, policy, reference = Labels.of([chosen, rejected]), rows(-1.0, -3.0), rows(-2.0, -2.0)  # D = 2
+    dpo, _ = bind_objective({"name": "dpo", "beta": 0.5})(policy, reference, labels)
+    assert dpo.item() == pytest.approx(2 * softplus(-1.0))
+    scaled, _ = bind_objective({"name": "mm_dpo", "beta": 0.5})(policy, reference, labels)
+    beta = 0.5 * (1 + 0.5 * (1 - math.exp(-0.5 * 2)))  # delta = 3 - 1
+    assert scaled.item() == pytest.approx(2 * softplus(-2 * beta))
+    unsure = Labels.of(samples(True, False, consistency=0.75))
+    cream, _ = bind_objective({"name": "cream", "beta": 0.5})(policy, reference, unsure)
+    assert cream.item() == pytest.approx(0.75 * softplus(-1.0) + 0.25 * softplus(1.0))
+
+
+def test_the_shift_of_bco_is_the_running_mean_of_all_rewards():
+    objective = bind_objective({"name": "bco", "beta": 1.0})
+    policy, zero, labels = rows(1.0, 3.0), rows(0.0, 0.0), Labels.of(samples(True, False))
+    first, _ = objective(policy, zero, labels)  # the mean is 2
+    assert first.item() == pytest.approx((softplus(-(1 - 2)) + softplus(3 - 2)) / 2)
+    second, _ = objective(rows(5.0, 3.0), zero, labels)  # (1 + 3 + 5 + 3) / 4 = 3
+    assert second.item() == pytest.approx((softplus(-(5 - 3)) + softplus(3 - 3)) / 2)
+    fixed, _ = bind_objective({"name": "bco", "beta": 1.0, "shift": 0})(policy, zero, labels)
+    assert fixed.item() == pytest.approx((softplus(-1) + softplus(3)) / 2)
+
+
+def test_the_running_mean_travels_with_a_checkpoint():
+    policy, zero, labels = rows(1.0, 3.0), rows(0.0, 0.0), Labels.of(samples(True, False))
+    one, other = bind_objective({"name": "bco"}), bind_objective({"name": "bco"})
+    one(policy, zero, labels)
+    other.load_state_dict(one.state_dict())
+    assert one(policy, zero, labels)[0] == other(policy, zero, labels)[0]
+    assert one(policy, zero, labels)[0] != bind_objective({"name": "bco"})(zero, zero, labels)[0]
 
 
 @pytest.mark.parametrize(
     ("section", "constant"),
     [
         ({"name": "dpo", "beta": 3.0}, math.log(2)),
-        ({"name": "dpo", "label_smoothing": 0.2}, math.log(2)),
-        ({"name": "ln_dpo"}, math.log(2)),
-        ({"name": "hinge"}, 1.0),
         ({"name": "ipo", "beta": 0.1}, 25.0),
+        ({"name": "hinge"}, 1.0),
+        ({"name": "kto"}, 0.5),
+        ([{"name": "dpo"}, {"name": "hinge", "weight": 2.0}], math.log(2) + 2.0),
+        ({"name": "sft"}, None),
+        ({"name": "rpo"}, None),
+        ([{"name": "dpo"}, {"name": "sft"}], None),
     ],
 )
-def test_equal_policy_and_reference_give_the_known_constant(section, constant):
-    objective, pair = bind_objective(section), random_pair(0)
-    loss, metrics = objective(pair, pair)
-    assert loss.item() == pytest.approx(constant, abs=1e-12)
-    assert objective.at_equality() == pytest.approx(constant, abs=1e-12)
-    assert metrics["rewards/accuracies"].item() == 0.5  # a tie counts half
+def test_the_loss_of_equal_models_is_known_where_it_does_not_depend_on_the_samples(section, constant):
+    found = bind_objective(section).at_equality()
+    assert found is None if constant is None else found == pytest.approx(constant, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", PREFERENCE)
-def test_swapping_the_pair_negates_the_margin(name):
-    policy, reference = random_pair(1), random_pair(2)
-    swap = [Pair(pair.rejected, pair.chosen) for pair in (policy, reference)]
-    _, metrics = PAIRED[name](policy, reference)
-    _, swapped = PAIRED[name](*swap)
-    assert swapped["rewards/margins"].item() == pytest.approx(-metrics["rewards/margins"].item())
+@pytest.mark.parametrize(
+    ("section", "row", "reference", "roll"),
+    [
+        ({"name": "dpo"}, "pair", True, None),
+        ({"name": "sft"}, "liked", False, None),
+        ({"name": "simpo"}, "pair", False, None),
+        ({"name": "kto"}, "labelled", True, "mismatched"),
+        ({"name": "kto", "kl": "batch"}, "labelled", True, None),
+        ({"name": "cca"}, "liked", True, "negatives"),
+        ([{"name": "cca"}, {"name": "sft"}], "liked", True, "negatives"),
+        ({"name": "plackett_luce"}, "ranked", True, None),
+        ({"name": "best_of_n"}, "ranked", False, None),
+    ],
+)
+def test_what_an_objective_asks_for(section, row, reference, roll):
+    objective = bind_objective(section)
+    assert (objective.row, objective.needs_reference, objective.roll) == (row, reference, roll)
 
 
-def test_swapping_the_pair_negates_the_dpo_logit():
-    loss, _ = PAIRED["dpo"](POLICY, REFERENCE, beta=0.5)
-    swapped, _ = PAIRED["dpo"](
-        Pair(POLICY.rejected, POLICY.chosen), Pair(REFERENCE.rejected, REFERENCE.chosen), beta=0.5
-    )
-    assert swapped.item() - loss.item() == pytest.approx(1.0)  # softplus(z) - softplus(-z) = z
+def test_only_objectives_that_look_at_the_batch_have_a_population():
+    for table in FAMILIES.values():
+        for name in table:
+            assert bind_objective({"name": name}).whole_batch == (name in BATCH_DEPENDENT)
+    assert not bind_objective({"name": "aot", "population": "micro_batch"}).whole_batch
 
 
-@pytest.mark.parametrize("name", sorted(PAIRED))
-def test_gradcheck(name):
-    policy, reference = random_pair(3, requires_grad=True), random_pair(4)
-
-    def loss(chosen, rejected):
-        pair = Pair(LogProbs(chosen, policy.chosen.weight), LogProbs(rejected, policy.rejected.weight))
-        return PAIRED[name](pair, reference)[0] + 0 * rejected.sum()
-
-    assert torch.autograd.gradcheck(loss, (policy.chosen.values, policy.rejected.values))
+def test_no_name_is_in_two_families():
+    names = [name for table in (*FAMILIES.values(), POLICY_GRADIENT) for name in table]
+    assert len(names) == len(set(names))
+    assert {"dpo", "seppo", "cream"} <= set(PAIRED)
+    assert {"kto", "cca"} <= set(LABELLED)
 
 
-@pytest.mark.parametrize("name", sorted(PAIRED))
-@pytest.mark.parametrize("garbage", [math.nan, math.inf, -1e30])
-def test_masked_values_never_matter(name, garbage):
-    policy, reference = random_pair(5, requires_grad=True), random_pair(6)
-    loss, _ = PAIRED[name](policy, reference)
-    gradient = torch.autograd.grad(loss, policy.chosen.values)[0]
-    spoiled = [
-        Pair(*(LogProbs(side.values.detach().masked_fill(side.weight == 0, garbage), side.weight) for side in sides))
-        for sides in ((policy.chosen, policy.rejected), (reference.chosen, reference.rejected))
-    ]
-    spoiled[0].chosen.values.requires_grad_()
-    again, _ = PAIRED[name](*spoiled)
-    assert again.item() == loss.item()
-    assert torch.equal(torch.autograd.grad(again, spoiled[0].chosen.values)[0], gradient)
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"name": "dpoo"}, "did you mean dpo"),
+        ({"beta": 1}, "objective.name is"),
+        ({"name": "dpo", "betta": 1}, "did you mean beta"),
+        ({"name": "dpo", "beta": 0}, "beta is 0"),
+        ({"name": "dpo", "beta": -1.0}, "above 0"),
+        ({"name": "dpo", "beta": "much"}, "expected a float"),
+        ({"name": "dpo", "label_smoothing": 0.5}, "label_smoothing"),
+        ({"name": "sft", "beta": 1}, "no parameters"),
+        ({"name": "dpo", "population": "batch"}, "unknown key objective.population"),
+        ({"name": "aot", "population": "all"}, "expected batch or micro_batch"),
+        ({"name": "bco", "shift": "mean"}, "expected running or a number"),
+        ({"name": "cca", "condition_dropout": 1.0}, r"in \[0, 1\)"),
+        ({"name": "f_dpo", "divergence": "hellinger"}, "hellinger"),
+        ({"name": "grpo"}, "rollouts"),
+        ([], "expected name"),
+        (["dpo"], "expected name"),
+        ([{"name": "dpo"}, {"name": "lipo_lambda"}], "different records"),
+        ([{"name": "dpo"}, {"name": "cca"}], "cca makes its own negatives"),
+        ([{"name": "dpo", "weight": "x"}], "objective.weight"),
+    ],
+)
+def test_wrong_configs_fail_when_read(section, message):
+    with pytest.raises(ValueError, match=message):
+        bind_objective(section)
 
 
-@pytest.mark.parametrize("name", sorted(set(PAIRED) - REFERENCE_FREE))
-def test_only_the_reference_moves_the_loss_and_gets_no_gradient(name):
-    policy, reference, other = random_pair(7), random_pair(8, requires_grad=True), random_pair(9)
-    loss, _ = PAIRED[name](policy, reference)
-    assert loss.item() != PAIRED[name](policy, other)[0].item()
-    assert not loss.requires_grad
-
-
-@pytest.mark.parametrize("name", sorted(PAIRED))
-@pytest.mark.parametrize("ratio", [100.0, -100.0, 1e4])
-def test_extreme_log_ratios_stay_finite(name, ratio):
-    values = torch.tensor([[ratio]], dtype=torch.float32, requires_grad=True)
-    zero = LogProbs(torch.zeros(1, 1), torch.ones(1, 1))
-    policy = Pair(LogProbs(values, torch.ones(1, 1)), zero)
-    loss, _ = PAIRED[name](policy, Pair(zero, zero))
-    loss.backward()
-    assert math.isfinite(loss.item())
-    assert values.grad is not None
-    assert torch.isfinite(values.grad).all()
+def test_numbers_as_yaml_reads_them():
+    assert bind_objective({"name": "dpo", "beta": "1e-3"}).terms[0].parameters["beta"] == 1e-3
+    assert bind_objective({"name": "ipo", "normalize": True, "beta": 2}).terms[0].parameters == {
+        "beta": 2.0,
+        "normalize": True,
+    }
 
 
 def test_weights_are_floats_not_a_mask():
@@ -156,20 +185,3 @@ def test_weights_are_floats_not_a_mask():
     assert weighted.sum().item() == -4.5
     assert weighted.length().item() == 2.5
     assert weighted.mean().item() == pytest.approx(-1.8)
-
-
-@pytest.mark.parametrize(
-    ("section", "message"),
-    [
-        ({"name": "dpoo"}, "did you mean dpo"),
-        ({"beta": 1}, "objective.name is None"),
-        ({"name": "dpo", "betta": 1}, "did you mean beta"),
-        ({"name": "dpo", "beta": 0}, "beta is 0"),
-        ({"name": "dpo", "beta": -1.0}, "above 0"),
-        ({"name": "dpo", "label_smoothing": 0.5}, "label_smoothing"),
-        ({"name": "sft", "beta": 1}, "no parameters"),
-    ],
-)
-def test_wrong_configs_fail_when_read(section, message):
-    with pytest.raises(ValueError, match=message):
-        bind_objective(section)

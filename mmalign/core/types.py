@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -36,14 +36,24 @@ class Sample:
     image: Image | None = None
     text: str | None = None
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    # what is known of the answer: True for chosen or liked, False for rejected or disliked; None: not said
+    desirable: bool | None = None
+    score: float | None = None
+    # numbers of the record that an objective may ask for: weight, consistency
+    numbers: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class LogProbs:
-    """log pi(action) and the weight of each action; weight 0 marks padding and everything else that must not count."""
+    """log pi(action) and the weight of each action; weight 0 marks padding and everything else that must not count.
+
+    `log_collision` is log sum_v pi(v)^2, how sure the network was, action by action; None where a modality has no
+    vocabulary.
+    """
 
     values: Float[Tensor, "sample action"]
     weight: Float[Tensor, "sample action"]
+    log_collision: Float[Tensor, "sample action"] | None = None
 
     def sum(self) -> Float[Tensor, " sample"]:
         """Weighted sum over actions. Values of weight 0 are never touched, be they NaN or infinite."""
@@ -62,20 +72,37 @@ class LogProbs:
         return -self.sum().sum() / self.weight.sum().clamp_min(torch.finfo(self.weight.dtype).tiny)
 
     def rows(self, start: int, stop: int) -> LogProbs:
-        return LogProbs(self.values[start:stop], self.weight[start:stop])
+        return self.pick(slice(start, stop))
+
+    def pick(self, rows: slice | Bool[Tensor, " sample"] | Int[Tensor, " row"]) -> LogProbs:
+        """Some of the samples: a slice, a mask or indices."""
+        collision = None if self.log_collision is None else self.log_collision[rows]
+        return LogProbs(self.values[rows], self.weight[rows], collision)
+
+    def detach(self) -> LogProbs:
+        collision = None if self.log_collision is None else self.log_collision.detach()
+        return LogProbs(self.values.detach(), self.weight, collision)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Log-probs of chosen and rejected samples, row by row. A liked-only batch has no rejected rows."""
+    """Log-probs of chosen and rejected samples, row by row. A liked-only batch has no rejected rows.
+
+    `weight` is how much each pair counts, 1 where it is None.
+    """
 
     chosen: LogProbs
     rejected: LogProbs
+    weight: Float[Tensor, " pair"] | None = None
 
     @staticmethod
     def split(log_probs: LogProbs, chosen: int) -> Pair:
         """The first `chosen` rows are the chosen samples, the rest the rejected ones."""
         return Pair(log_probs.rows(0, chosen), log_probs.rows(chosen, len(log_probs.values)))
+
+    def average(self, losses: Float[Tensor, " pair"]) -> Float[Tensor, ""]:
+        """The mean over pairs of weight x loss."""
+        return (losses if self.weight is None else losses * self.weight).mean()
 
 
 @runtime_checkable

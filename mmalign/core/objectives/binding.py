@@ -1,72 +1,307 @@
-"""From the `objective:` section of a config to a function of log-probs alone."""
+"""From the `objective:` section of a config to a function of log-probs and labels alone.
+
+A section names one objective with its parameters, or is a list of such sections, each with a `weight`: their losses are
+then added. Some keys are not parameters of the function but say how the loop feeds it:
+
+    population         what objectives that look at the whole batch look at: the global batch, or each micro_batch alone
+    shift              bco, bco_pair: the running mean of all rewards, or a number (0 switches it off)
+    kl                 kto: estimated from mismatched prompts and answers, or from the batch itself
+    condition_dropout  cca: the share of rows that see no prompt, positive and negative alike
+
+Refused, before anything is loaded: unknown names and keys, values out of range, lists that ask for different records.
+"""
 
 from __future__ import annotations
 
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from mmalign.core.objectives.paired import CHOSEN_ONLY, PAIRED, REFERENCE_FREE, Result
+from mmalign.core.labels import Labels
+from mmalign.core.objectives.common import Result
+from mmalign.core.objectives.labelled import LABELLED, LABELLED_BATCH_DEPENDENT
+from mmalign.core.objectives.listwise import LISTWISE, LISTWISE_REFERENCE_FREE
+from mmalign.core.objectives.paired import CHOSEN_ONLY, PAIRED, PAIRED_BATCH_DEPENDENT, PAIRED_REFERENCE_FREE
+from mmalign.core.objectives.policy_gradient import POLICY_GRADIENT
 from mmalign.core.types import LogProbs, Pair
+
+FAMILIES: Mapping[str, Mapping[str, Callable[..., Result]]] = {
+    "paired": PAIRED,
+    "labelled": LABELLED,
+    "listwise": LISTWISE,
+}
+REFERENCE_FREE = PAIRED_REFERENCE_FREE | LISTWISE_REFERENCE_FREE
+# Their loss is no mean of terms of single rows: it does not come apart into micro-batches. The shift of bco_pair is a
+# mean over the batch too.
+BATCH_DEPENDENT = PAIRED_BATCH_DEPENDENT | LABELLED_BATCH_DEPENDENT | {"bco_pair"}
+# The negatives of these are their own samples under the prompt of another row.
+ROLLED = frozenset({"cca"})
+
+Row = Literal["pair", "liked", "labelled", "ranked"]
+
+
+@dataclass
+class RunningMean:
+    """The mean of every reward seen so far, each counted once."""
+
+    mean: float = 0.0
+    count: int = 0
+
+    def add(self, values: Tensor) -> float:
+        if values.numel() and bool(values.isfinite().all()):
+            self.count += values.numel()
+            self.mean += (float(values.mean()) - self.mean) * values.numel() / self.count
+        return self.mean
+
+
+@dataclass
+class Term:
+    """One objective with its parameters. `feed` holds the keys that concern the loop."""
+
+    name: str
+    family: str
+    parameters: dict[str, Any]
+    weight: float = 1.0
+    feed: dict[str, Any] = field(default_factory=dict)
+    rewards: RunningMean = field(default_factory=RunningMean)
+
+    @property
+    def function(self) -> Callable[..., Result]:
+        return FAMILIES[self.family][self.name]
+
+    @functools.cached_property
+    def data(self) -> frozenset[str]:
+        """Names of what the function reads beside its parameters."""
+        found = inspect.signature(self.function).parameters.values()
+        return frozenset(item.name for item in found if item.kind is not inspect.Parameter.KEYWORD_ONLY)
+
+    def __call__(
+        self, policy: LogProbs, reference: LogProbs | None, labels: Labels, mismatched: Tensor | None
+    ) -> Result:
+        kind = labels.desirable
+        extra: dict[str, Any] = {}
+        if "shift" in self.data:
+            extra["shift"] = self._shift(policy, reference)
+        if self.family == "paired":
+            if "reward_margin" in self.data:
+                extra["reward_margin"] = (labels.score[kind] - labels.score[~kind]).nan_to_num(0.0)
+            if "consistency" in self.data:
+                extra["consistency"] = labels.consistency[kind]
+            pair = Pair(policy.pick(kind), policy.pick(~kind), labels.weight[kind])
+            anchor = None if reference is None else Pair(reference.pick(kind), reference.pick(~kind))
+            return self.function(pair, anchor, **extra, **self.parameters)
+        if self.family == "labelled":
+            known = {"weight": labels.weight, "group": labels.group, "mismatched": mismatched}
+            extra |= {name: value for name, value in known.items() if name in self.data}
+            return self.function(policy, reference, kind, **extra, **self.parameters)
+        return self.function(policy, reference, labels.score, labels.group, **self.parameters)
+
+    def _shift(self, policy: LogProbs, reference: LogProbs | None) -> float:
+        if self.feed["shift"] != "running":
+            return float(self.feed["shift"])
+        assert reference is not None
+        return self.rewards.add(self.parameters["beta"] * (policy.sum().detach() - reference.sum()))
 
 
 class BoundObjective:
-    """An objective with its parameters, and what it needs. Called as `objective(policy, reference)`."""
+    """Objectives with their parameters, and what they need.
 
-    def __init__(self, name: str, function: Callable[..., Result]):
-        self.name = name
-        self.needs_reference = name not in REFERENCE_FREE
-        self.chosen_only = name in CHOSEN_ONLY
-        self._function = function
+    Called as `objective(policy, reference, labels)` on the rows of a micro-batch, or of a global batch where
+    `whole_batch` says that the loss does not come apart. `row` is what one record must become, `roll` what is made of
+    the prompts of other rows: the `negatives` of each row, or `mismatched` samples whose log-ratios kto wants.
+    """
 
-    def __call__(self, policy: Pair, reference: Pair | None) -> Result:
-        return self._function(policy, reference)
+    def __init__(self, terms: Sequence[Term]):
+        self.terms = tuple(terms)
+        self.name = "+".join(term.name for term in terms)
+        self.needs_reference = any(term.name not in REFERENCE_FREE for term in terms)
+        self.row: Row = _row(terms)
+        self.condition_dropout = max([float(term.feed.get("condition_dropout", 0)) for term in terms])
+        self.roll: Literal["negatives", "mismatched"] | None = None
+        if any(term.name in ROLLED for term in terms):
+            self.roll = "negatives"
+        elif any(term.feed.get("kl") == "mismatched" for term in terms):
+            self.roll = "mismatched"
+        self.whole_batch = any(term.feed.get("population") == "batch" for term in terms)
 
-    def at_equality(self) -> float:
-        """The loss where policy and reference agree, e.g. ln 2 for dpo: what step 0 must show. Chosen-only: unknown."""
-        rows = LogProbs(torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64))
-        equal = Pair(rows, rows)
-        return float(self(equal, equal)[0])
+    @property
+    def samples_per_row(self) -> int:
+        """How many samples of a record are in memory together; ranked records have as many as they have scores."""
+        return 1 if self.row == "liked" and self.roll is None else 2
+
+    def units(self, rows: int, samples: int) -> int:
+        """What the loss is a mean over: pairs, samples or groups."""
+        return samples if self.row == "labelled" or self.roll == "negatives" else rows
+
+    def __call__(
+        self,
+        policy: LogProbs,
+        reference: LogProbs | None,
+        labels: Labels,
+        mismatched: Float[Tensor, " other"] | None = None,
+    ) -> Result:
+        if len(self.terms) == 1 and self.terms[0].weight == 1:
+            return self.terms[0](policy, reference, labels, mismatched)
+        total, metrics = torch.zeros((), dtype=policy.values.dtype, device=policy.values.device), {}
+        for term in self.terms:
+            loss, numbers = term(policy, reference, labels, mismatched)
+            total = total + term.weight * loss
+            # Rewards and log-probs are those of the first objective that has them.
+            metrics = numbers | metrics | {f"loss/{term.name}": loss.detach()}
+        return total, metrics
+
+    def at_equality(self) -> float | None:
+        """The loss where policy and reference agree, e.g. ln 2 for dpo: what step 0 must show. None where it depends on
+        the samples."""
+        if not self.needs_reference:
+            return None
+        probe = BoundObjective([replace(term, rewards=RunningMean()) for term in self.terms])
+        found = [float(probe(rows, rows, labels)[0]) for rows, labels in _probes(self.row)]
+        return found[0] if all(math.isclose(value, found[0], rel_tol=1e-12) for value in found) else None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rewards": [[term.rewards.mean, term.rewards.count] for term in self.terms]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for term, (mean, count) in zip(self.terms, state["rewards"], strict=True):
+            term.rewards = RunningMean(mean, count)
+
+    def notes(self, micro_batches: int) -> list[str]:
+        """What a user should know before the first step."""
+        found = []
+        names = ", ".join(term.name for term in self.terms if term.name in BATCH_DEPENDENT)
+        if self.whole_batch and micro_batches > 1:
+            found.append(
+                f"{names} looks at the whole batch: with {micro_batches} micro-batches a step, each costs one more "
+                "forward pass; objective.population: micro_batch saves it and looks at each micro-batch alone"
+            )
+        elif names and not self.whole_batch:
+            found.append(
+                f"{names} looks at each micro-batch alone (objective.population): its loss depends on their size"
+            )
+        return found
 
 
-def bind_objective(section: Mapping[str, Any]) -> BoundObjective:
-    """`{name: dpo, beta: 0.1}` to a function. Unknown names, keys and values out of range raise ValueError here, before
-    anything is loaded."""
-    name = section.get("name")
-    if name not in PAIRED:
-        raise ValueError(f"objective.name is {name!r}; {_nearest(str(name), PAIRED)}")
-    defaults = {
-        key: parameter.default
-        for key, parameter in inspect.signature(PAIRED[name]).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    }
-    parameters = {}
-    for key, value in section.items():
-        if key == "name":
-            continue
-        if key not in defaults:
-            raise ValueError(f"unknown key objective.{key} for {name}: {_nearest(key, defaults)}")
-        parameters[key] = _typed(key, value, type(defaults[key]))
-    objective = BoundObjective(name, functools.partial(PAIRED[name], **parameters))
-    objective.at_equality()
+def bind_objective(section: Mapping[str, Any] | Sequence[Any]) -> BoundObjective:
+    """`{name: dpo, beta: 0.1}`, or a list of such sections with a `weight` each, to a function. Unknown names and keys
+    and values out of range raise ValueError here, before anything is loaded."""
+    if isinstance(section, Mapping):
+        sections: list[Mapping[str, Any]] = [section]
+    else:
+        sections = list(section)
+    if not sections or not all(isinstance(item, Mapping) for item in sections):
+        raise ValueError(f"objective is {section!r}; expected name: dpo and its parameters, or a list of such sections")
+    objective = BoundObjective([_term(item) for item in sections])
+    for rows, labels in _probes(objective.row):
+        objective(rows, rows, labels)
+    objective.load_state_dict({"rewards": [[0.0, 0]] * len(objective.terms)})
     return objective
+
+
+def _term(section: Mapping[str, Any]) -> Term:
+    name = str(section.get("name"))
+    family = next((family for family, table in FAMILIES.items() if name in table), None)
+    if family is None:
+        if name in POLICY_GRADIENT:
+            raise ValueError(f"objective.name is {name}, which learns from its own rollouts, not from records")
+        names = [key for table in FAMILIES.values() for key in table]
+        raise ValueError(f"objective.name is {name!r}; {_nearest(name, names)}")
+    signature = inspect.signature(FAMILIES[family][name]).parameters
+    defaults = {key: item.default for key, item in signature.items() if item.kind is inspect.Parameter.KEYWORD_ONLY}
+    feeds = _feeds(name, frozenset(signature))
+    parameters, feed = dict(defaults), {key: choices[0] for key, choices in feeds.items()}
+    weight = 1.0
+    for key, value in section.items():
+        if key == "weight":
+            weight = _typed(key, value, float)
+        elif key in defaults:
+            parameters[key] = _typed(key, value, type(defaults[key]))
+        elif key in feeds:
+            feed[key] = _fed(key, value, feeds[key])
+        elif key != "name":
+            raise ValueError(f"unknown key objective.{key} for {name}: {_nearest(key, [*defaults, *feeds])}")
+    return Term(name, family, parameters, weight, feed)
+
+
+def _feeds(name: str, data: frozenset[str]) -> dict[str, tuple[Any, ...]]:
+    """The keys that concern the loop, with what they may be: the first is the default, a float stands for a number."""
+    found: dict[str, tuple[Any, ...]] = {}
+    if name in BATCH_DEPENDENT:
+        found["population"] = ("batch", "micro_batch")
+    if "shift" in data:
+        found["shift"] = ("running", 0.0)
+    if "mismatched" in data:
+        found["kl"] = ("mismatched", "batch")
+    if name in ROLLED:
+        found["condition_dropout"] = (0.1,)
+    return found
+
+
+def _fed(key: str, value: Any, choices: tuple[Any, ...]) -> Any:
+    if isinstance(value, str) and value in choices:
+        return value
+    if isinstance(choices[-1], float) and not isinstance(value, str | bool):
+        number = _typed(key, value, float)
+        if key != "condition_dropout" or 0 <= number < 1:
+            return number
+    expected = " or ".join("a number" if isinstance(choice, float) else choice for choice in choices)
+    span = " in [0, 1)" if key == "condition_dropout" else ""
+    raise ValueError(f"objective.{key} is {value!r}; expected {expected}{span}")
+
+
+def _row(terms: Sequence[Term]) -> Row:
+    """What a record must become so that every term can read it."""
+    families = {term.family for term in terms}
+    names = ", ".join(term.name for term in terms)
+    if "listwise" in families and len(families) > 1:
+        raise ValueError(f"objective: {names} ask for different records: ranked answers, and pairs or labels")
+    if any(term.name in ROLLED for term in terms):
+        if all(term.name in ROLLED or term.name in CHOSEN_ONLY for term in terms):
+            return "liked"
+        raise ValueError(f"objective: {names}: cca makes its own negatives, and goes together with sft alone")
+    if "listwise" in families:
+        return "ranked"
+    if all(term.name in CHOSEN_ONLY for term in terms):
+        return "liked"
+    return "pair" if "paired" in families else "labelled"
+
+
+def _probes(row: Row) -> list[tuple[LogProbs, Labels]]:
+    """Made-up rows, on which the parameters are tried before anything is loaded."""
+    found = []
+    for values, weights, scores in (((-1.0, -2.0), (1.0, 1.0), (1.0, 0.0)), ((-0.5, -3.0), (1.0, 1.0), (2.0, 0.5))):
+        count = 1 if row == "liked" else 2
+        rows = torch.tensor(values, dtype=torch.float64)[:count, None]
+        labels = Labels(
+            desirable=torch.tensor([True, False])[:count],
+            score=torch.tensor(scores)[:count],
+            group=torch.zeros(count, dtype=torch.int64),
+            weight=torch.tensor(weights)[:count],
+            consistency=torch.tensor(weights)[:count],
+        )
+        found.append((LogProbs(rows, torch.ones_like(rows)), labels))
+    return found
 
 
 def _typed(key: str, value: Any, expected: type) -> Any:
     """`value` as the type of the parameter's default; YAML writes 100 for 100.0 and reads 1e-3 as text."""
     try:
-        if isinstance(value, bool) == (expected is bool):
+        if isinstance(value, bool) == (expected is bool) and isinstance(value, str) >= (expected is str):
             return expected(value)
     except (TypeError, ValueError):
         pass
     raise ValueError(f"objective.{key} is {value!r}; expected a {expected.__name__}")
 
 
-def _nearest(word: str, known: Any) -> str:
+def _nearest(word: str, known: Sequence[str]) -> str:
     nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     expected = f"expected one of {', '.join(known)}" if known else "it has no parameters"
     return f"did you mean {nearest[0]}? ({expected})" if nearest else expected

@@ -1,134 +1,210 @@
-"""Objectives on pairs: a chosen and a rejected sample of one prompt.
+"""Objectives on pairs: a chosen and a rejected sample of one prompt. Here DPO and its near relatives, and the table.
 
 Symbols of the papers and their names here:
 
-    c = log pi(y_w|x) - log pi_ref(y_w|x)   chosen_log_ratio       S   sum of log-probs of a sample
-    r = the same for y_l                    rejected_log_ratio     |y| length: the sum of the weights
+    c = log pi(y_w|x) - log pi_ref(y_w|x)   chosen log-ratio       S_w, S_l   sum of the log-probs of a sample
+    r = the same for y_l                    rejected log-ratio     |y|        length: the sum of the weights
     D = c - r                               margin                 z = beta D
 
-Log-probs are summed over actions, losses are averaged over pairs. On a diffusion model, where a log-prob is
--1/2 w(t) x mean squared error, `dpo` is exactly the released Diffusion-DPO loss.
+Log-probs are summed over actions, losses are averaged over pairs, each times the weight of its pair. On a diffusion
+model, where a log-prob is -1/2 w(t) x mean squared error, `dpo` is exactly the released Diffusion-DPO loss.
+
+Rewards in the metrics are beta x log-ratio, in the form that the loss compares: per action where it is normalised.
+Refused: parameters out of range.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import logsigmoid, relu
+from torch.nn.functional import logsigmoid
 
+from mmalign.core.objectives.common import (
+    Result,
+    capped_exp,
+    check,
+    check_beta,
+    log_ratios,
+    preference_metrics,
+)
+from mmalign.core.objectives.paired_absolute import apo_down, apo_zero, bco_pair, nca, sppo
+from mmalign.core.objectives.paired_margin import discopop, exo, f_dpo, hinge, ipo
+from mmalign.core.objectives.paired_sorted import aot, aot_unpaired
+from mmalign.core.objectives.paired_tokens import ld_dpo, ln_dpo, rpo, wpo
+from mmalign.core.objectives.reference_free import asft, cpo, orpo, sft, simpo, tpo
 from mmalign.core.types import Pair
-
-Result = tuple[Float[Tensor, ""], dict[str, Tensor]]
 
 
 def dpo(policy: Pair, reference: Pair, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Result:
-    """Direct preference optimization.
+    """Direct preference optimization: the chosen sample becomes more likely than the rejected one.
 
-    L = -(1-e) log sigma(z) - e log sigma(-z),  z = beta (c - r),  e = label_smoothing
+        L = -(1-e) log sigma(z) - e log sigma(-z),  z = beta (c - r),  e = label_smoothing
 
-    Rafailov et al. 2023, Eq. 7 (arXiv 2305.18290); Wallace et al. 2023, Eq. 14 (arXiv 2311.12908) with the mean over
-    latent dimensions and the 1/2 of the released code; label smoothing ("cDPO"): Mitchell 2023. ln 2 where policy and
-    reference agree.
+    ln 2 where policy and reference agree. On a diffusion model: with the mean over latent dimensions and the 1/2 of the
+    released code. Label smoothing ("cDPO", Mitchell 2023) says how often a preference is the wrong way round.
+
+    Rafailov et al. 2023, Eq. 7 (arXiv 2305.18290); Wallace et al. 2023, Eq. 14 (arXiv 2311.12908)
     """
-    _check("beta", beta, beta > 0, "a number above 0")
-    _check("label_smoothing", label_smoothing, 0 <= label_smoothing < 0.5, "a number in [0, 0.5)")
+    check_beta(beta)
+    check("label_smoothing", label_smoothing, 0 <= label_smoothing < 0.5, "a number in [0, 0.5)")
     chosen, rejected = log_ratios(policy, reference)
     logit = beta * (chosen - rejected)
     loss = -(1 - label_smoothing) * logsigmoid(logit) - label_smoothing * logsigmoid(-logit)
-    return loss.mean(), preference_metrics(policy, beta * chosen, beta * rejected)
+    return policy.average(loss), preference_metrics(policy, beta * chosen, beta * rejected)
 
 
-def hinge(policy: Pair, reference: Pair, *, beta: float = 0.1) -> Result:
-    """Hinge loss on the margin.
+def robust(policy: Pair, reference: Pair, *, beta: float = 0.1, label_smoothing: float = 0.1) -> Result:
+    """DPO whose expectation is that of clean labels although a known share of them is flipped.
 
-    L = max(0, 1 - z)
+        L = [-(1-e) log sigma(z) + e log sigma(-z)] / (1 - 2e),  e = label_smoothing
 
-    SLiC-HF, Zhao et al. 2023, Eq. 1 (arXiv 2305.10425), with the log-ratio of RSO, Liu et al. 2023 (arXiv 2309.06657).
+    e is the share of flipped labels; with e = 0 this is dpo. ln 2 where policy and reference agree. The loss has no
+    lower bound for e > 0: pairs that are far on the right side still pull it down.
+
+    Chowdhury et al. 2024 (arXiv 2403.00409)
     """
-    _check("beta", beta, beta > 0, "a number above 0")
+    check_beta(beta)
+    check("label_smoothing", label_smoothing, 0 <= label_smoothing < 0.5, "a number in [0, 0.5)")
     chosen, rejected = log_ratios(policy, reference)
-    loss = relu(1 - beta * (chosen - rejected))
-    return loss.mean(), preference_metrics(policy, beta * chosen, beta * rejected)
+    logit = beta * (chosen - rejected)
+    loss = -(1 - label_smoothing) * logsigmoid(logit) + label_smoothing * logsigmoid(-logit)
+    loss = loss / (1 - 2 * label_smoothing)
+    return policy.average(loss), preference_metrics(policy, beta * chosen, beta * rejected)
 
 
-def ipo(policy: Pair, reference: Pair, *, beta: float = 0.1, normalize: bool = False) -> Result:
-    """Identity preference optimization: the margin is regressed on a constant, so that it cannot grow without bound.
+def spin(policy: Pair, reference: Pair, *, beta: float = 0.1) -> Result:
+    """Self-play: human answers against the model's own answers of the iteration before.
 
-    L = (D - 1/(2 beta))^2
+        L = -log sigma(z)
 
-    Azar et al. 2023, Eq. 17 (arXiv 2310.12036), which sums over tokens. `normalize` divides each log-ratio by the
-    length of its sample, as one widespread library does.
+    The loss is that of dpo. What makes it SPIN are the samples: chosen = human, rejected = generated by the previous
+    iterate, which is the reference too. beta is the paper's lambda. ln 2 where policy and reference agree.
+
+    Chen et al. 2024, Eq. 4.7 (arXiv 2401.01335)
     """
-    _check("beta", beta, beta > 0, "a number above 0")
+    check_beta(beta)
     chosen, rejected = log_ratios(policy, reference)
-    if normalize:
-        chosen, rejected = chosen / policy.chosen.length(), rejected / policy.rejected.length()
-    loss = (chosen - rejected - 1 / (2 * beta)).square()
-    return loss.mean(), preference_metrics(policy, beta * chosen, beta * rejected)
-
-
-def ln_dpo(policy: Pair, reference: Pair, *, beta: float = 2.0) -> Result:
-    """Length-normalised DPO.
-
-    L = -log sigma(beta (c/|y_w| - r/|y_l|))
-
-    Tulu 3, Lambert et al. 2024, Eq. 6 (arXiv 2411.15124). Beta must be much larger than in `dpo`.
-    """
-    _check("beta", beta, beta > 0, "a number above 0")
-    chosen, rejected = log_ratios(policy, reference)
-    chosen, rejected = chosen / policy.chosen.length(), rejected / policy.rejected.length()
     loss = -logsigmoid(beta * (chosen - rejected))
-    return loss.mean(), preference_metrics(policy, beta * chosen, beta * rejected)
+    return policy.average(loss), preference_metrics(policy, beta * chosen, beta * rejected)
 
 
-def sft(policy: Pair, reference: Pair | None = None) -> Result:
-    """Plain fine-tuning on the chosen samples: the baseline that every objective must beat.
+def cream(
+    policy: Pair,
+    reference: Pair,
+    consistency: Float[Tensor, " pair"] | None = None,
+    *,
+    beta: float = 0.1,
+) -> Result:
+    """DPO on labels that the model gave itself, trusted as far as it ranks the same way as one iterate ago.
 
-    L = -sum m l / sum m over the micro-batch (a mean over actions, not a mean of means)
+        L = -C log sigma(z) - (1-C) log sigma(-z)
+        C = (1 + Kendall's tau between the ranks of one prompt's answers now and one iterate ago) / 2
 
-    On a diffusion model this is half the weighted denoising error. Needs neither a reference nor rejected samples.
+    C comes with the record (`consistency`, in [0, 1]); 1 where it is not known, which is dpo. ln 2 where policy and
+    reference agree.
+
+    Wang et al. 2024 (arXiv 2410.12735)
     """
-    return policy.chosen.nll(), {"logps/chosen": policy.chosen.sum().detach().mean()}
+    check_beta(beta)
+    chosen, rejected = log_ratios(policy, reference)
+    logit = beta * (chosen - rejected)
+    trust = torch.ones_like(logit) if consistency is None else consistency.detach().to(logit.dtype)
+    loss = -trust * logsigmoid(logit) - (1 - trust) * logsigmoid(-logit)
+    return policy.average(loss), preference_metrics(policy, beta * chosen, beta * rejected)
 
 
-def log_ratios(policy: Pair, reference: Pair) -> tuple[Float[Tensor, " pair"], Float[Tensor, " pair"]]:
-    """c and r. No gradient flows into the reference."""
-    return (
-        policy.chosen.sum() - reference.chosen.sum().detach(),
-        policy.rejected.sum() - reference.rejected.sum().detach(),
-    )
+def mm_dpo(
+    policy: Pair,
+    reference: Pair,
+    reward_margin: Float[Tensor, " pair"] | None = None,
+    *,
+    beta: float = 0.1,
+    scaling: float = 0.5,
+    sensitivity: float = 0.5,
+) -> Result:
+    """DPO with a beta of its own for each pair, larger where a reward model sees a wider gap.
+
+        L = -log sigma(beta(delta) D)
+        beta(delta) = beta (1 + w (1 - exp(-k delta))),  delta = score of chosen - score of rejected
+
+    w = scaling, k = sensitivity. beta(delta) lies between beta and (1 + w) beta for delta >= 0. A pair whose scores
+    contradict its label (delta < 0) gets less, and below delta = -ln(1 + 1/w)/k a negative beta: as the formula says;
+    leave such pairs out. Without scores delta is 0, which is dpo. ln 2 where policy and reference agree.
+
+    Zhang et al. 2025, MM-RLHF (arXiv 2502.10391)
+    """
+    check_beta(beta)
+    check("scaling", scaling, 0 <= scaling < math.inf, "a number, 0 or above")
+    check("sensitivity", sensitivity, 0 <= sensitivity < math.inf, "a number, 0 or above")
+    chosen, rejected = log_ratios(policy, reference)
+    gap = torch.zeros_like(chosen) if reward_margin is None else reward_margin.detach().to(chosen.dtype)
+    betas = beta * (1 + scaling * (1 - capped_exp(-sensitivity * gap)))
+    loss = -logsigmoid(betas * (chosen - rejected))
+    return policy.average(loss), preference_metrics(policy, betas * chosen, betas * rejected)
 
 
-def preference_metrics(
-    policy: Pair, chosen_rewards: Float[Tensor, " pair"], rejected_rewards: Float[Tensor, " pair"]
-) -> dict[str, Tensor]:
-    """Implicit rewards and log-probs, averaged over the pairs; a tie counts half in the accuracy."""
-    margins = (chosen_rewards - rejected_rewards).detach()
-    return {
-        "rewards/chosen": chosen_rewards.detach().mean(),
-        "rewards/rejected": rejected_rewards.detach().mean(),
-        "rewards/margins": margins.mean(),
-        "rewards/accuracies": (0.5 * (1 + torch.sign(margins))).mean(),
-        "logps/chosen": policy.chosen.sum().detach().mean(),
-        "logps/rejected": policy.rejected.sum().detach().mean(),
-    }
+def seppo(policy: Pair, reference: Pair, *, beta: float = 0.1, anchor: str = "sign", at_zero: float = 1.0) -> Result:
+    """DPO against samples of an earlier checkpoint, which are pushed down only once the policy has overtaken it.
 
+        L = -log sigma(beta (c - s r))
+        anchor: sign       s = +1 where c > 0, -1 where c < 0
+        anchor: indicator  s = +1 where c > 0,  0 where c < 0
 
-def _check(name: str, value: float, valid: bool, expected: str) -> None:
-    if not valid:
-        raise ValueError(f"objective.{name} is {value}; expected {expected}")
+    The rejected sample is one that the reference (an earlier checkpoint) generated. Where the policy does not yet beat
+    it on the chosen sample (c < 0), its sample is taken to be a good one, and with `sign` it is learned from. No
+    gradient flows through s. What s is for c = 0, as in the first step, is not published: `at_zero`, by default as for
+    c > 0. ln 2 where policy and reference agree. No training code was released: rebuilt from the paper; its T w is
+    part of beta here.
+
+    Zhang et al. 2024 (arXiv 2410.05255)
+    """
+    check_beta(beta)
+    check("anchor", anchor, anchor in ("sign", "indicator"), "sign or indicator")
+    check("at_zero", at_zero, -1 <= at_zero <= 1, "a number in [-1, 1]")
+    chosen, rejected = log_ratios(policy, reference)
+    ahead = chosen.detach()
+    signs = torch.sign(ahead) if anchor == "sign" else (ahead > 0).to(ahead.dtype)
+    signs = signs.masked_fill(ahead == 0, at_zero)
+    loss = -logsigmoid(beta * (chosen - signs * rejected))
+    return policy.average(loss), preference_metrics(policy, beta * chosen, beta * rejected)
 
 
 PAIRED: dict[str, Callable[..., Result]] = {
     "dpo": dpo,
+    "robust": robust,
     "hinge": hinge,
     "ipo": ipo,
+    "exo": exo,
+    "nca": nca,
+    "bco_pair": bco_pair,
+    "sppo": sppo,
+    "aot": aot,
+    "aot_unpaired": aot_unpaired,
+    "apo_zero": apo_zero,
+    "apo_down": apo_down,
+    "discopop": discopop,
     "ln_dpo": ln_dpo,
+    "ld_dpo": ld_dpo,
+    "wpo": wpo,
+    "f_dpo": f_dpo,
+    "rpo": rpo,
+    "spin": spin,
+    "cream": cream,
+    "mm_dpo": mm_dpo,
+    "seppo": seppo,
+    "cpo": cpo,
+    "simpo": simpo,
+    "orpo": orpo,
+    "tpo": tpo,
+    "asft": asft,
     "sft": sft,
 }
-REFERENCE_FREE = frozenset({"sft"})
+PAIRED_REFERENCE_FREE = frozenset({"cpo", "simpo", "orpo", "tpo", "asft", "sft"})
 # These read only the chosen samples: liked-only records are enough, and rejected samples are never computed.
 CHOSEN_ONLY = frozenset({"sft"})
+# These sort over the batch: their loss is no mean of terms that each come from one pair.
+PAIRED_BATCH_DEPENDENT = frozenset({"aot", "aot_unpaired"})
