@@ -1,6 +1,6 @@
 """Rows of parquet and JSON-lines files, one dict at a time, and what every converter does with them.
 
-Parquet needs pyarrow, which mmalign does not depend on; without it the error says so. No pandas, nothing is unpickled.
+Parquet needs pyarrow (the extra `data`); without it the error says so. No pandas, nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -94,11 +94,16 @@ def _shifted(record_of: Callable[[Row, str], Record], offset: int) -> Callable[[
 
 def _parquet(path: Path) -> Iterator[Row]:
     try:
-        import pyarrow.parquet as parquet  # pyright: ignore[reportMissingImports]
+        from pyarrow import ArrowInvalid, parquet
     except ImportError:
-        raise ValueError(f"reading {path.name} needs pyarrow: pip install pyarrow, or convert it to .jsonl") from None
-    for batch in parquet.ParquetFile(path).iter_batches(batch_size=_PARQUET_BATCH):
-        yield from batch.to_pylist()
+        raise ValueError(
+            f"reading {path.name} needs pyarrow: pip install 'mmalign[data]', or convert it to .jsonl"
+        ) from None
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches(batch_size=_PARQUET_BATCH):
+            yield from batch.to_pylist()
+    except ArrowInvalid as error:
+        raise ValueError(f"{path} is not a parquet file, or is damaged: {error}") from None
 
 
 def _json_lines(path: Path) -> Iterator[Row]:

@@ -50,6 +50,16 @@ def evaluate(config: Config = None, *overrides: str) -> Any:
     return run_verb("evaluate", config, overrides)
 
 
+def objectives(config: Config = None, *overrides: str) -> Any:
+    """Lists every objective, or explains one. Returns their descriptions."""
+    return run_verb("objectives", config, overrides)
+
+
+def merge(config: Config = None, *overrides: str) -> Any:
+    """Puts trained models together without training. Returns the folder of the result."""
+    return run_verb("merge", config, overrides)
+
+
 def index(config: Config = None, *overrides: str) -> Any:
     """Writes the manifest of shards that have none. Returns its path."""
     return run_verb("index", config, overrides)

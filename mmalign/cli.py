@@ -14,6 +14,8 @@ VERBS = {
     "judge": "score candidates and write preferences",
     "encode": "add VAE latents to shards, so that training needs no VAE",
     "evaluate": "compare models on the same held-out prompts and seeds",
+    "objectives": "every objective: equation, parameters, what it needs, its paper",
+    "merge": "LoRA into its base, averages of models, task arithmetic",
     "index": "write the manifest of shards that have none",
     "inspect": "counts, fields, feedback and pictures of shards",
     "doctor": "versions, devices, and what a config will need",
@@ -93,6 +95,10 @@ def _dispatch(args: argparse.Namespace) -> None:
     if args.verb == "train" and args.resume:
         overrides.append(f"resume={args.resume}")
     job.run(load(job.Settings, files[0] if files else None, overrides))
+    # Whoever joined a process group imported this; the other verbs need not load torch for it.
+    distributed = sys.modules.get("mmalign.training.distributed")
+    if distributed is not None:
+        distributed.leave()
 
 
 def _help(verb: str) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
 Settings = TypeVar("Settings")
 
@@ -41,6 +41,11 @@ def build(schema: type[Settings], values: Mapping[str, Any]) -> Settings:
         return TypeAdapter(schema).validate_python(dict(values))
     except ValidationError as error:
         raise ValueError("\n".join(_explain(detail) for detail in error.errors())) from None
+
+
+def short_form(key: str) -> BeforeValidator:
+    """For `Annotated[Section, short_form("kind")]`: a plain word, `section: ema`, stands for `section: {kind: ema}`."""
+    return BeforeValidator(lambda value: {key: value} if isinstance(value, str) else value)
 
 
 def to_dict(settings: Any) -> dict[str, Any]:
@@ -82,6 +87,9 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 def _unknown_keys(schema: Any, values: Any, prefix: str = "") -> list[str]:
     nested = _dataclass_of(schema)
+    if isinstance(values, list) and typing.get_origin(schema) in (list, tuple):
+        part = typing.get_args(schema)[0]
+        return [one for place, item in enumerate(values) for one in _unknown_keys(part, item, f"{prefix}{place}.")]
     if nested is None or not isinstance(values, Mapping):
         return []
     hints = typing.get_type_hints(nested)

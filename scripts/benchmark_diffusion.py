@@ -143,7 +143,7 @@ def common_step(modality: diffusion.DiffusionModality, network: Any) -> Callable
         network.enable_gradient_checkpointing()
         inputs = modality.prepare(samples)
         policy = modality.log_prob(network, inputs)
-        reference = AdapterOff(adapters_off).log_prob(modality, network, inputs)
+        reference = AdapterOff(adapters_off).log_prob(modality, network, inputs, samples)
         loss, _ = PAIRED["dpo"](Pair.split(policy, 1), Pair.split(reference, 1), beta=BETA)
         loss.backward()
         network.disable_gradient_checkpointing()
@@ -158,7 +158,7 @@ def mmalign_step(modality: diffusion.DiffusionModality, network: Any) -> Callabl
 
     def step() -> float:
         inputs = modality.prepare(samples)
-        anchor = Pair.split(reference.log_prob(modality, network, inputs), 1)
+        anchor = Pair.split(reference.log_prob(modality, network, inputs, samples), 1)
         loss, _ = PAIRED["dpo"](Pair.split(modality.log_prob(network, inputs), 1), anchor, beta=BETA)
         loss.backward()
         return loss.item()

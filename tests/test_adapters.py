@@ -112,6 +112,19 @@ def test_diffusers_loads_the_export_with_its_alpha(folder, loaded, tmp_path):
     torch.testing.assert_close(predict(pipeline.unet, xl), predict(network.eval(), xl), rtol=1e-5, atol=1e-6)
 
 
+def test_diffusers_loads_adapters_of_attention_and_convolutions_together(folder, tmp_path):
+    from diffusers import DiffusionPipeline
+
+    lora = LoraSettings(rank=3, alpha=1.5, target_modules=("to_q", "to_out.0", "conv1", "proj_in"))
+    modality, network = diffusion.load(diffusion.DiffusionSettings(path=str(folder), lora=lora), CPU)
+    perturb(network)
+    modality.export(network, tmp_path)
+    pipeline: Any = DiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipeline.load_lora_weights(tmp_path)
+    xl = is_xl(network)
+    torch.testing.assert_close(predict(pipeline.unet, xl), predict(network.eval(), xl), rtol=1e-5, atol=1e-6)
+
+
 def test_an_export_is_read_back(folder, loaded, tmp_path):
     modality, network = loaded
     perturb(network)

@@ -1,10 +1,11 @@
 """Configs are strict, and their errors name the key to change."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import pytest
 
-from mmalign.config import build, describe, load, to_dict, to_yaml
+from mmalign.config import build, describe, load, short_form, to_dict, to_yaml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,24 @@ class Settings:
     output: str
     lora: Lora | None = None
     optimizer: Optimizer = field(default_factory=Optimizer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kitchen:
+    stove: Annotated[Lora, short_form("rank")] = field(default_factory=Lora)
+    pans: list[Annotated[Lora, short_form("rank")]] = field(default_factory=list)
+
+
+def test_a_word_stands_for_its_section():
+    assert build(Kitchen, {"stove": "4", "pans": ["2", {"rank": 3}]}) == Kitchen(
+        stove=Lora(rank=4), pans=[Lora(rank=2), Lora(rank=3)]
+    )
+    assert load(Kitchen, None, ["stove.rank=5"]).stove == Lora(rank=5)
+    assert "rank: 8" in describe(Kitchen)
+    with pytest.raises(ValueError, match=r"stove\.rank is 'hot'"):
+        build(Kitchen, {"stove": "hot"})
+    with pytest.raises(ValueError, match=r"unknown key pans\.1\.rang: did you mean pans\.1\.rank\?"):
+        build(Kitchen, {"pans": ["2", {"rang": 3}]})
 
 
 def test_file_then_overrides_in_order(tmp_path):

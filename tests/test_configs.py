@@ -6,7 +6,7 @@ import pytest
 
 from mmalign.config import load
 from mmalign.core.objectives import bind_objective
-from mmalign.jobs import train
+from mmalign.jobs import references, train
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -15,7 +15,8 @@ CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 def test_recipe(path):
     settings = load(train.Settings, path)
     objective = bind_objective(settings.objective)
-    assert train.reference_kind(settings, objective) in ("copy", "adapter_off", "none")
+    kind = references.resolve(settings.reference, objective, settings.model)
+    assert kind in ("copy", "adapter_off", "none")
     assert settings.training.geometry().batch_size == settings.training.batch_size
     lines = path.read_text().splitlines()
     assert len(lines) <= 30

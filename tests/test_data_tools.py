@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from data_tools import pickapic, preference_jsonl
 from data_tools.rows import Row, convert, read_rows
@@ -127,16 +129,47 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path):
         list(read_rows(tmp_path / "nowhere.jsonl"))
 
 
-def test_parquet_rows(tmp_path: Path):
+def write_parquet(rows: list[Row], path: Path, row_group_size: int | None = None) -> Path:
+    parquet.write_table(pyarrow.Table.from_pylist([dict(row) for row in rows]), path, row_group_size)
+    return path
+
+
+def test_parquet_in_the_pickapic_layout_from_the_command_line(tmp_path: Path):
+    """Seventy rows in groups of twenty, so that batches and groups end at different rows; every tenth is a tie."""
+    rows = [pick(0.5 if number % 10 == 0 else float(number % 2)) for number in range(70)]
+    path = write_parquet(rows, tmp_path / "train-00000.parquet", row_group_size=20)
+    assert list(read_rows(path)) == rows
+    command = [sys.executable, "-m", "data_tools.pickapic", str(path), "--folder", str(tmp_path / "set")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert (done.returncode, done.stdout) == (0, "63 written, 7 tie\n"), done.stderr
+    (shard,) = Manifest.read(tmp_path / "set").shards
+    records = [record for record in read_shard(shard, RAW) if isinstance(record, Record)]
+    assert [record.preferred for record in records[:4]] == [[(0, 1)], [(1, 0)], [(0, 1)], [(1, 0)]]
+    assert records[0].candidates[1].image == rows[1]["jpg_1"]
+    assert records[0].prompt == "a fox"
+
+
+def test_parquet_with_pictures_as_structs(tmp_path: Path):
+    rows: list[Row] = [
+        {
+            "question": f"What is in picture {number}?",
+            "chosen": "a cat",
+            "rejected": "a dog",
+            "image": {"bytes": picture_bytes(number), "path": None},
+        }
+        for number in range(3)
+    ]
+    path = write_parquet(rows, tmp_path / "rlaif.parquet")
+    records, counts = written(list(read_rows(path)), preference_jsonl, tmp_path)
+    assert counts == {"written": 3}
+    assert [record.prompt_images for record in records] == [[picture_bytes(number)] for number in range(3)]
+
+
+def test_parquet_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "rows.parquet"
     path.write_bytes(b"PAR1")
-    try:
-        import pyarrow as arrow  # pyright: ignore[reportMissingImports]
-        import pyarrow.parquet as parquet  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        with pytest.raises(ValueError, match="pip install pyarrow"):
-            list(read_rows(path))
-        return
-    parquet.write_table(arrow.Table.from_pylist([pick(1.0), pick(0.5)]), path)
-    records, counts = written(list(read_rows(path)), pickapic, tmp_path)
-    assert (len(records), counts["tie"]) == (1, 1)
+    with pytest.raises(ValueError, match="rows.parquet is not a parquet file"):
+        list(read_rows(path))
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match=r"pip install 'mmalign\[data\]'"):
+        list(read_rows(path))

@@ -138,7 +138,7 @@ def test_one_precision_path_for_policy_and_reference(folders, lora):
     modality, network = load(folders["epsilon"], dtype=torch.bfloat16, lora=lora)
     inputs = modality.prepare(samples())
     reference = (AdapterOff(modality.reference_switch) if modality.reference_switch else FrozenCopy(network)).log_prob(
-        modality, network, inputs
+        modality, network, inputs, samples()
     )
     with torch.autocast("cpu", torch.bfloat16):
         policy = modality.log_prob(network, inputs)
@@ -161,7 +161,7 @@ def test_gradient_checkpointing_changes_no_gradient(folders, lora):
                 parameter.data += 0.05 * torch.randn_like(parameter)
         inputs = modality.prepare(samples())
         if modality.reference_switch:
-            AdapterOff(modality.reference_switch).log_prob(modality, network, inputs)
+            AdapterOff(modality.reference_switch).log_prob(modality, network, inputs, samples())
         modality.log_prob(network, inputs).sum().sum().backward()
         gradients.append([p.grad for p in network.parameters() if p.grad is not None])
     for one, other in zip(*gradients, strict=True):
@@ -364,7 +364,7 @@ def test_wrapped_networks_compute_and_export_the_same(folders, tmp_path, one_pro
     else:
         wrapped = fully_shard(network, mesh=init_device_mesh("cpu", (1,)))
     if modality.reference_switch:
-        reference = AdapterOff(modality.reference_switch).log_prob(modality, wrapped, inputs)
+        reference = AdapterOff(modality.reference_switch).log_prob(modality, wrapped, inputs, samples())
         assert torch.equal(reference.values, expected)
     policy = modality.log_prob(wrapped, inputs)
     assert torch.equal(policy.values, expected)

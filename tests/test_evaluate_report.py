@@ -146,6 +146,34 @@ def test_one_model_alone_and_large_pictures(tmp_path):
     assert len(text) < 60_000
 
 
+def test_readers_see_labels_and_programs_see_names(tmp_path):
+    runs = [
+        dataclasses.replace(world_run("base", 0.4, 12), label="before", repeated=world_run("base", 0.4, 3, 4).judged),
+        dataclasses.replace(
+            world_run("dpo", 0.1, 12, seed=0), label="Method & Co", repeated=world_run("a", 0.1, 3, 4).judged
+        ),
+    ]
+    report = Report(
+        "labels",
+        summarise(runs),
+        comparison=compare(runs[0], runs[1]),
+        metrics={"Method & Co": [write_metrics(tmp_path / "m.jsonl")]},
+        cautions=["CLIP read only the beginning of the prompt of 3 pictures."],
+    )
+    text = write_report(tmp_path / "page", report).read_text()
+    Page(text)
+    assert "Method &amp; Co gets" in text
+    assert "dpo" not in re.sub(r"<style>.*?</style>|data:image[^\"]*", "", text, flags=re.S)
+    assert "the beginning of the prompt of 3 pictures" in text
+    assert "Two pictures of one prompt differ by" in text
+    assert '<th class="n">diversity</th>' in text
+    saved = json.loads((tmp_path / "page" / "results.json").read_text())
+    assert [(row["name"], row["label"]) for row in saved] == [("base", "before"), ("dpo", "Method & Co")]
+    assert saved[1]["diversity_gain"]["value"] == pytest.approx(
+        saved[1]["diversity"]["value"] - saved[0]["diversity"]["value"]
+    )
+
+
 def test_curves_survive_gaps_and_take_colours_from_the_page(tmp_path):
     path = write_metrics(
         tmp_path / "m.jsonl", model_w_err=0.2, ref_w_err=0.2, model_l_err=0.3, ref_l_err=0.2, grad_norm=None

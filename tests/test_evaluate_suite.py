@@ -5,10 +5,12 @@ import math
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mmalign.core.types import Sample
 from mmalign.evaluate.comparison import compare
-from mmalign.evaluate.suite import Judged, Run, Truth, diversity, summarise
+from mmalign.evaluate.diversity import diversity, diversity_gain, variety
+from mmalign.evaluate.suite import Judged, Run, Truth, summarise
 from mmalign.evaluate.world import judge, oracle_score
 from mmalign.world import Object, Scene, render
 from tests.evaluate_runs import known, world_run
@@ -86,17 +88,56 @@ def test_scores_without_bounds_get_no_invented_interval():
     assert (known(row.score_gain).low, known(row.score_gain).high) == (1.0, 1.0)
 
 
-def test_diversity_is_the_share_of_right_pairs_that_differ():
+def test_variety_is_the_share_of_right_pairs_that_differ():
     def shown(*contents: str, correct=True) -> list[Judged]:
         return [Judged("p", "any", place, 1.0, correct, content=one) for place, one in enumerate(contents)]
 
-    assert known(diversity([shown("a", "a", "a")])).value == 0
-    assert known(diversity([shown("a", "b", "c")])).value == 1
-    assert known(diversity([shown("a", "a", "b")])).value == pytest.approx(2 / 3)
-    assert known(diversity([shown("a", "a"), shown("b", "b")])).value == 0
-    assert diversity([shown("a")]) is None
-    assert diversity([shown("a", "b", correct=False)]) is None
-    assert known(summarise([world_run("base", 0.0, 5, each=4)])[0].diversity).value > 0.5
+    assert known(variety([shown("a", "a", "a")])).value == 0
+    assert known(variety([shown("a", "b", "c")])).value == 1
+    assert known(variety([shown("a", "a", "b")])).value == pytest.approx(2 / 3)
+    assert known(variety([shown("a", "a"), shown("b", "b")])).value == 0
+    assert variety([shown("a")]) is None
+    assert variety([shown("a", "b", correct=False)]) is None
+    assert known(summarise([world_run("base", 0.0, 5, each=4)])[0].variety).value > 0.5
+
+
+def grey(prompt: str, *levels: int, side: int = 8) -> list[Judged]:
+    """One even picture of each level, 0 to 255."""
+    return [
+        Judged(prompt, "any", place, 1.0, image=Image.new("RGB", (side, side), (level,) * 3))
+        for place, level in enumerate(levels)
+    ]
+
+
+def test_diversity_is_the_mean_distance_between_pictures_of_one_prompt():
+    """Levels 0, 51 and 255 of 255 differ by 0.2, 0.8 and 1.0: 2/3 on average."""
+    assert known(diversity([grey("p", 0, 51, 255)])).value == pytest.approx(2 / 3)
+    assert known(diversity([grey("p", 7, 7, 7)])).value == 0
+    assert known(diversity([grey("p", 0, 51, side=128)])).value == pytest.approx(0.2)
+    both = [grey("p", 0, 51) + grey("q", 0, 255), grey("p", 0, 0) + grey("r", 3)]
+    assert known(diversity(both)).value == pytest.approx((0.2 + 1.0 + 0.0) / 3)
+    assert diversity([grey("p", 3)]) is None
+    assert diversity([[Judged("p", "any", 0, 1.0), Judged("p", "any", 1, 1.0)]]) is None
+    gain = known(diversity_gain(both, grey("p", 0, 102) + grey("q", 0, 255)))
+    assert gain.value == pytest.approx((0.2 - 0.4 + 1.0 - 1.0 + 0.0 - 0.4) / 3)
+    assert diversity_gain([grey("p", 0, 51)], grey("p", 0)) is None
+
+
+def test_repeated_samples_count_for_diversity_alone():
+    base, aligned = grey("p", 0) + grey("q", 0), grey("p", 255) + grey("q", 255)
+    runs = [
+        Run("base", base, repeated=grey("p", 0, 102)),
+        Run("dpo", aligned, seed=0, label="Diffusion-DPO", repeated=grey("p", 255, 204)),
+    ]
+    first, second = summarise(runs)
+    assert (first.n, second.n) == (2, 2)
+    assert known(first.diversity).value == pytest.approx(0.4)
+    assert known(second.diversity).value == pytest.approx(0.2)
+    assert known(second.diversity_gain).value == pytest.approx(-0.2)
+    assert first.diversity_gain is None
+    assert [(row.name, row.label) for row in (first, second)] == [("base", "base"), ("dpo", "Diffusion-DPO")]
+    with pytest.raises(ValueError, match="prompts and seeds of 'base'"):
+        summarise([runs[0], dataclasses.replace(runs[1], repeated=())])
 
 
 def test_what_would_make_the_table_lie_is_refused():

@@ -81,6 +81,23 @@ def test_the_estimate_is_what_autograd_keeps(folder, lora):
     assert expected.activations == pytest.approx(real, rel=0.05)
 
 
+def test_sharding_divides_what_each_process_holds():
+    """Two processes: half of weights, copy, gradients and optimizer each, and whole what is gathered at a time."""
+    settings = DiffusionSettings(path="nowhere")
+    alone, half = (
+        memory.estimate(settings, SD15, torch.float32, 2, "adamw", frozen_copy=True, need_vae=True, ranks=ranks)
+        for ranks in (1, 2)
+    )
+    for name in ("network", "reference", "gradients", "optimizer"):
+        assert getattr(half, name) == getattr(alone, name) // 2
+    for name in ("frozen", "activations", "activations_checkpointed", "trained_parameters"):
+        assert getattr(half, name) == getattr(alone, name)
+    assert alone.gathered == 0
+    # Two units and a gradient of at most an eighth of the network each, and a small root.
+    assert 0 < half.gathered < 0.4 * alone.network
+    assert half.total(checkpointing=False) < 0.7 * alone.total(checkpointing=False)
+
+
 def test_checkpointing_keeps_less_and_follows_the_memory_at_hand():
     sizes = estimate(LoraSettings(), torch.bfloat16)
     assert sizes.activations_checkpointed < sizes.activations / 3
@@ -129,7 +146,7 @@ def test_flops_of_a_lora_step_from_latents(folder, monkeypatch):
     reference = AdapterOff(modality.reference_switch)
 
     def step() -> None:
-        reference.log_prob(modality, network, inputs)
+        reference.log_prob(modality, network, inputs, [])
         modality.log_prob(network, inputs).sum().sum().backward()
 
     ours = flops(step)

@@ -114,7 +114,7 @@ def test_log_probs_are_fp32_rows_with_a_gradient(case):
 
 def test_equal_networks_have_a_log_ratio_of_zero(case):
     inputs = case.modality.prepare(case.samples)
-    reference = case.reference().log_prob(case.modality, case.network, inputs)
+    reference = case.reference().log_prob(case.modality, case.network, inputs, case.samples)
     policy = case.modality.log_prob(case.network, inputs)
     assert torch.equal(policy.values, reference.values)
     loss, metrics = case.dpo(policy, reference)
@@ -128,15 +128,15 @@ def test_perturbing_only_the_reference_moves_the_loss(case):
     other = copy.deepcopy(case.network)
     perturb(other)
     policy = case.modality.log_prob(case.network, inputs)
-    loss, _ = case.dpo(policy, FrozenCopy(other).log_prob(case.modality, case.network, inputs))
+    loss, _ = case.dpo(policy, FrozenCopy(other).log_prob(case.modality, case.network, inputs, case.samples))
     assert abs(loss.item() - np.log(2)) > 1e-4
 
 
 def test_perturbing_only_the_policy_leaves_the_reference(case):
     inputs, reference = case.modality.prepare(case.samples), case.reference()
-    before = reference.log_prob(case.modality, case.network, inputs)
+    before = reference.log_prob(case.modality, case.network, inputs, case.samples)
     perturb(case.network)
-    after = reference.log_prob(case.modality, case.network, inputs)
+    after = reference.log_prob(case.modality, case.network, inputs, case.samples)
     assert torch.equal(before.values, after.values)
     assert not torch.allclose(case.modality.log_prob(case.network, inputs).values, after.values, atol=1e-5)
 
@@ -207,7 +207,7 @@ def test_generating_leaves_the_network_as_it_was(case):
 def test_metrics_are_detached_scalars(case):
     inputs = case.modality.prepare(case.samples)
     policy = Pair.split(case.modality.log_prob(case.network, inputs), PAIRS)
-    reference = Pair.split(case.reference().log_prob(case.modality, case.network, inputs), PAIRS)
+    reference = Pair.split(case.reference().log_prob(case.modality, case.network, inputs, case.samples), PAIRS)
     for pair in (reference, None):
         for value in case.modality.metrics(inputs, policy, pair).values():
             assert value.ndim == 0

@@ -22,6 +22,8 @@ SETTINGS = TrainingSettings(max_steps=6, batch_size=8, micro_batch_size=2, learn
 ROOT = Path(__file__).parents[1]
 # So many that a micro-batch is often empty on one process only, which must not wait for the other forever.
 BAD = [index for index in range(96) if index % 5 < 3]
+# References that follow the policy, or have weights of their own: each under DDP and FSDP2.
+MOVING = [("ema", "ddp", 0), ("uniform", "ddp", 2), ("ema", "fsdp2", 2), ("uniform", "fsdp2", 0), ("soup", "fsdp2", 0)]
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +44,12 @@ def two_processes(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
         training(pairs, folder / "resumed", options={"resume": "latest"}),
         training(pairs, folder / "half", sharding="fsdp2", max_steps=3),
         training(pairs, folder / "samples", max_steps=2, sharding="fsdp2", sample_every=2, sample_prompts=("1",)),
+        *(
+            training(pairs, folder / f"{kind}-{sharding}-{rank}", {"reference": kind, "rank": rank}, sharding=sharding)
+            for kind, sharding, rank in MOVING
+        ),
+        training(pairs, folder / "returned", {"reference": "uniform"}, sharding="fsdp2", max_steps=5),
+        training(pairs, folder / "returned", {"reference": "uniform", "resume": "latest"}),
     ]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -103,6 +111,22 @@ def test_adapters_with_the_reference_in_the_same_network(
 ) -> None:
     run(pairs, tmp_path, SETTINGS, rank=2, network=TinyNetwork(rank=2).double(), max_bad_share=1.0)
     assert_same(curve(tmp_path), curve(two_processes[0] / name))
+
+
+@pytest.mark.parametrize(("kind", "sharding", "rank"), MOVING)
+def test_references_follow_the_policy_on_every_process(
+    pairs: Path, two_processes: Any, tmp_path: Path, kind: str, sharding: str, rank: int
+) -> None:
+    run(pairs, tmp_path, SETTINGS, rank=rank, network=doubled(rank), max_bad_share=1.0, reference=kind)
+    assert_same(curve(tmp_path), curve(two_processes[0] / f"{kind}-{sharding}-{rank}"))
+
+
+def test_a_pool_returns_to_its_snapshots_with_other_sharding(pairs: Path, two_processes: Any) -> None:
+    assert_same(curve(two_processes[0] / "returned"), curve(two_processes[0] / "uniform-fsdp2-0"))
+
+
+def doubled(rank: int) -> TinyNetwork:
+    return TinyNetwork(rank=rank).double()
 
 
 def test_weights_are_sharded_under_fsdp2_and_whole_under_ddp(two_processes: Any) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mmalign.core.objectives import bind_objective
-from mmalign.core.reference import FrozenCopy
+from mmalign.core.reference import FrozenCopy, Settled
 from mmalign.data import DataSettings, Geometry, Manifest, RecordStream, preference_pair
 from mmalign.training import TIMING, TrainingSettings, read_rows, train
 from mmalign.training.health import Health
@@ -133,9 +133,11 @@ def test_too_many_skipped_steps_stop_the_run(pairs: Path, tmp_path: Path) -> Non
 
 
 def test_a_reference_that_is_the_policy_is_found_out(pairs: Path, tmp_path: Path) -> None:
-    class Itself:
+    class Itself(Settled):
+        name, equal_at_start = "itself", True
+
         @torch.no_grad()
-        def log_prob(self, modality, policy, inputs):
+        def log_prob(self, modality, policy, inputs, samples):
             return modality.log_prob(policy, inputs)
 
     result = train(

@@ -11,7 +11,7 @@ import argparse
 import contextlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from mmalign.core.merging import average
 from mmalign.core.objectives import bind_objective
-from mmalign.core.reference import AdapterOff, FrozenCopy, NoReference, Reference
+from mmalign.core.reference import AdapterOff, Ema, FrozenCopy, NoReference, Pool, Reference, Soup
 from mmalign.core.types import LogProbs, Pair, Sample
-from mmalign.data import Candidate, DataSettings, Manifest, Record, RecordStream, ShardWriter, liked, preference_pair
+from mmalign.data import ROWS, Candidate, DataSettings, Manifest, Record, RecordStream, ShardWriter
 from mmalign.training import TrainingSettings, launch, train
+from mmalign.training.checkpoint import Snapshots
+from mmalign.training.distributed import leave
 from mmalign.training.trainer import TrainingResult
 
 DIGITS, LENGTH = 10, 6
@@ -97,6 +100,7 @@ class TinyModality:
 
     def __init__(self, dtype: torch.dtype = torch.float32, poison: Sequence[str] = (), pause: float = 0.0):
         self.truncated_prompts = 0
+        self.empty_prompt = "0"
         self.dtype = dtype
         self.poison = poison
         self.pause = pause
@@ -162,12 +166,29 @@ def write_pairs(folder: Path, count: int = 96, shards: int = 4, bad: Sequence[in
     return folder
 
 
+def soup(network: TinyNetwork) -> Soup:
+    """The average of two other networks."""
+    down = network.state_dict().get("blocks.0.down.weight")
+    rank = 0 if down is None else len(down)
+    return Soup(network, average([TinyNetwork(seed=seed, rank=rank).state_dict() for seed in (1, 2)]))
+
+
+# References that tests and their processes call by name: made of the policy and the folder of the run.
+REFERENCES: dict[str, Callable[[TinyNetwork, Path], Reference]] = {
+    "ema": lambda network, folder: Ema(network, 0.8),
+    "first": lambda network, folder: Pool(network, "first", every=2),
+    "latest": lambda network, folder: Pool(network, "latest", every=2),
+    "uniform": lambda network, folder: Pool(network, "uniform", 2, 3, Snapshots(folder, launch(cpu=True))),
+    "soup": lambda network, folder: soup(network),
+}
+
+
 def run(
     shards: str | Path,
     folder: str | Path,
     settings: TrainingSettings,
     *,
-    objective: str = "dpo",
+    objective: Any = "dpo",
     rank: int = 0,
     workers: int = 0,
     resume: str | Path | None = None,
@@ -176,9 +197,10 @@ def run(
     console: Any = None,
     max_bad_share: float = 0.5,
     pause: float = 0.0,
+    reference: Reference | str | None = None,
 ) -> TrainingResult:
     """Trains a tiny network on shards of pairs. `pause` slows every step down, so that a test can interrupt it."""
-    bound = bind_objective({"name": objective})
+    bound = bind_objective({"name": objective} if isinstance(objective, str) else objective)
     network = network or TinyNetwork(seed=settings.seed, rank=rank)
     dtype = next(network.parameters()).dtype
     stream = RecordStream(
@@ -186,12 +208,15 @@ def run(
         DataSettings(shards=str(shards), workers=workers, window=2, max_bad_share=max_bad_share),
         settings.seed,
         need=frozenset(),
-        collate=liked if bound.chosen_only else preference_pair,
+        collate=ROWS[bound.row],
     )
     modality = TinyModality(dtype, poison, pause)
-    reference: Reference = AdapterOff(adapters_off) if rank else FrozenCopy(network)
-    if not bound.needs_reference:
+    if isinstance(reference, str):
+        reference = REFERENCES[reference](network, Path(folder))
+    elif reference is None and not bound.needs_reference:
         reference = NoReference()
+    elif reference is None:
+        reference = AdapterOff(adapters_off) if rank else FrozenCopy(network)
     return train(
         modality,
         network,
@@ -230,8 +255,7 @@ def main() -> None:
         }
         if launch().main:
             print(json.dumps(report), flush=True)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave()
 
 
 def _local(weight: Tensor) -> Tensor:

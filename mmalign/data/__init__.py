@@ -1,6 +1,6 @@
 """Records in tar shards: how they are written, found, ordered and streamed, exactly and without unpickling anything."""
 
-from mmalign.data.collate import bare, liked, preference_pair
+from mmalign.data.collate import ROWS, bare, collate_for, labelled, liked, preference_pair, ranked
 from mmalign.data.columns import Columns
 from mmalign.data.errors import KINDS, RecordError
 from mmalign.data.inspect import Summary, picture_grid, summarise
@@ -20,6 +20,7 @@ from mmalign.data.writer import ShardWriter, write_shard
 
 __all__ = [
     "KINDS",
+    "ROWS",
     "Candidate",
     "Columns",
     "DataSettings",
@@ -36,15 +37,18 @@ __all__ = [
     "Step",
     "Summary",
     "bare",
+    "collate_for",
     "decode",
     "describe_shard",
     "draw_of",
     "encode",
     "index_shards",
+    "labelled",
     "liked",
     "open_image",
     "picture_grid",
     "preference_pair",
+    "ranked",
     "read_shard",
     "summarise",
     "write_manifest",

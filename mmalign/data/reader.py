@@ -12,8 +12,9 @@ Memory: the indices of the open shards (at most twice a window), the order of tw
 from __future__ import annotations
 
 import math
+import string
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,15 +24,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mmalign.core.types import Sample
 from mmalign.data.cache import ShardCache
+from mmalign.data.collate import Collate
 from mmalign.data.columns import Columns
 from mmalign.data.errors import RecordError
 from mmalign.data.manifest import Manifest
 from mmalign.data.order import Order, Place, draw_of
-from mmalign.data.schema import Record
 from mmalign.data.shard import OpenShard
 from mmalign.data.transport import Packed, Row, pack, unpack
-
-Collate = Callable[[Record, int, int], tuple[Sample, ...]]
 
 # The share of bad records is judged from here on, or from one pass over a smaller data set.
 _JUDGED_FROM = 100
@@ -49,6 +48,8 @@ class DataSettings:
     window: int = 8  # shards that are shuffled together; the memory for it is some 100 bytes per member
     workers: int = 0  # loader processes; 0 is fastest for latents, use some for JPEG pictures
     max_bad_share: float = 0.01  # the share of records that may be unusable before the run stops
+    curriculum: bool = False  # of several scored pairs of a prompt the widest gap in the first epoch, then the next
+    reward_prompt: str | None = None  # prompts that ask for a score, e.g. "score {score:.1f}: {prompt}"; null: as it is
     cache: str | None = None  # the folder for copies of remote or compressed shards; null: ~/.cache/mmalign/shards
 
     def __post_init__(self) -> None:
@@ -56,6 +57,10 @@ class DataSettings:
             raise ValueError(f"data.window is {self.window}; expected at least 1 shard")
         if self.workers < 0:
             raise ValueError(f"data.workers is {self.workers}; expected 0 or more processes")
+        if self.reward_prompt is not None and not {"prompt", "score"} <= _fields(self.reward_prompt):
+            raise ValueError(
+                f"data.reward_prompt is {self.reward_prompt!r}; expected a text with {{prompt}}, {{score}}"
+            )
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"data.max_bad_share is {self.max_bad_share}; expected a share between 0 and 1")
 
@@ -282,6 +287,13 @@ class _MicroBatches(Sampler[list[int]]):
                 first = self._geometry.first_slot(position, micro_batch)
                 yield list(range(first, first + self._geometry.micro_batch_size))
             position += self._geometry.batch_size
+
+
+def _fields(template: str) -> set[str | None]:
+    try:
+        return {name for _, name, _, _ in string.Formatter().parse(template)}
+    except ValueError:
+        return set()
 
 
 def _as_it_is(rows: list[Row]) -> list[Row]:

@@ -27,6 +27,8 @@ class Comparison:
 
     base: str
     name: str
+    # what a reader shall see instead of the two names
+    labels: tuple[str, str]
     seed: int | None
     guidance: float | None
     n: int
@@ -51,6 +53,7 @@ def compare(base: Run, aligned: Run, count: int = 6, each: int = 6, seed: int = 
     return Comparison(
         base=base.name,
         name=aligned.name,
+        labels=(base.shown_as, aligned.shown_as),
         seed=aligned.seed,
         guidance=aligned.guidance,
         n=len(pairs),

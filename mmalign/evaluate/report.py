@@ -66,6 +66,8 @@ class Report:
     config: str = ""
     command: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
+    # Sentences that belong beside the table, for whoever reads nothing else.
+    cautions: Sequence[str] = ()
     # Sentences on how the numbers came about.
     notes: Sequence[str] = ()
 

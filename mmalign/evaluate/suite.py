@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmalign.evaluate.diversity import diversity, diversity_gain, variety
 from mmalign.evaluate.statistics import (
     DIFFERENCE,
     UNIT,
@@ -56,12 +57,27 @@ class Judged:
 
 @dataclass(frozen=True)
 class Run:
-    """One model's judged samples. `seed` is the training seed (None for a model that was not trained here)."""
+    """One model's judged samples. `seed` is the training seed (None for a model that was not trained here).
+
+    `repeated` are several samples each of some of the prompts; they tell how much these differ, and count for nothing
+    else. `label` is what a reader shall see instead of the name.
+    """
 
     name: str
     judged: Sequence[Judged]
     seed: int | None = None
     guidance: float | None = None
+    label: str | None = None
+    repeated: Sequence[Judged] = ()
+
+    @property
+    def shown_as(self) -> str:
+        return self.label or self.name
+
+    @property
+    def several(self) -> Sequence[Judged]:
+        """The samples in which a prompt may come more than once."""
+        return self.repeated or self.judged
 
 
 @dataclass(frozen=True)
@@ -70,10 +86,13 @@ class Row:
 
     `seeds` are the training seeds in the row; a row with several pools them (`seed` is None, `n` counts all samples).
     `prompts` counts the distinct ones. `accuracy` and what follows from it is None where the judge gives scores only;
-    the comparison is None in the base's own row; `diversity` is None where no prompt has two right samples.
+    the comparison is None in the base's own row. `diversity` is the mean distance between two pictures of one prompt,
+    `variety` how often two right ones show different content; both are None where no prompt has two of them. `label` is
+    the name for readers.
     """
 
     name: str
+    label: str
     seed: int | None
     seeds: tuple[int, ...]
     guidance: float | None
@@ -82,9 +101,11 @@ class Row:
     accuracy: Interval | None
     score: Interval
     diversity: Interval | None
+    variety: Interval | None
     gain: Interval | None = None
     score_gain: Interval | None = None
     win_rate: Interval | None = None
+    diversity_gain: Interval | None = None
     by_kind: dict[str, Interval] = field(default_factory=dict)
     by_fact: dict[str, Interval] = field(default_factory=dict)
     gain_by_kind: dict[str, Interval] = field(default_factory=dict)
@@ -133,9 +154,10 @@ def _check(run: Run, bases: dict[float | None, Run], base: str) -> None:
             raise ValueError(f"{place}: the score of {one.prompt!r}, seed {one.seed}, is {one.score}")
     if len({one.correct is None for one in run.judged}) > 1:
         raise ValueError(f"{place}: some samples have a verdict and others have none")
-    wanted = [(one.prompt, one.seed) for one in bases[run.guidance].judged]
-    if [(one.prompt, one.seed) for one in run.judged] != wanted:
-        raise ValueError(f"{place} was not judged on the prompts and seeds of {base!r}, in the same order")
+    against = bases[run.guidance]
+    for own, wanted in ((run.judged, against.judged), (run.repeated, against.repeated)):
+        if [(one.prompt, one.seed) for one in own] != [(one.prompt, one.seed) for one in wanted]:
+            raise ValueError(f"{place} was not judged on the prompts and seeds of {base!r}, in the same order")
 
 
 def _row(group: Sequence[Run], against: Run | None, bounds: tuple[float, float] | None) -> Row:
@@ -144,6 +166,7 @@ def _row(group: Sequence[Run], against: Run | None, bounds: tuple[float, float] 
     seeds = tuple(run.seed for run in group if run.seed is not None)
     row = Row(
         name=group[0].name,
+        label=group[0].shown_as,
         seed=group[0].seed if len(group) == 1 else None,
         seeds=seeds,
         guidance=group[0].guidance,
@@ -151,11 +174,15 @@ def _row(group: Sequence[Run], against: Run | None, bounds: tuple[float, float] 
         prompts=len(set(_prompts(judged))),
         accuracy=mean_interval(_correct(judged), _prompts(judged)) if has_verdict else None,
         score=mean_interval(_scores(judged), _prompts(judged), bounds),
-        diversity=diversity([run.judged for run in group]),
+        diversity=diversity([run.several for run in group]),
+        variety=variety([run.several for run in group]),
         by_kind=_by(judged, _kinds, _kind_rate) if has_verdict else {},
         by_fact=_by(judged, _fact_kinds, _fact_rate),
     )
-    return row if against is None else _compare(row, judged, list(against.judged) * len(group), bounds)
+    if against is None:
+        return row
+    row = dataclasses.replace(row, diversity_gain=diversity_gain([run.several for run in group], against.several))
+    return _compare(row, judged, list(against.judged) * len(group), bounds)
 
 
 def _compare(row: Row, judged: list[Judged], base: list[Judged], bounds: tuple[float, float] | None) -> Row:
@@ -212,26 +239,6 @@ def _fact_kinds(one: Judged) -> list[str]:
 def _fact_rate(one: Judged, kind: str) -> Count:
     holds = [fact.holds for fact in one.facts if fact.kind == kind]
     return float(sum(holds)), float(len(holds))
-
-
-def diversity(models: Sequence[Sequence[Judged]]) -> Interval | None:
-    """Of two right samples of one prompt by one model, how often do they show different content?
-
-    A prompt with k right samples gives the share of its k (k - 1) / 2 pairs that differ: 0 if the model always draws
-    the same picture, 1 if it never repeats itself, whatever k is. Wrong samples are left out, lest errors count as
-    variety; where there is no verdict, every sample counts. Averaged over prompts and models; None without two.
-    """
-    shares, prompts = [], []
-    for judged in models:
-        contents: dict[str, list[Hashable]] = {}
-        for one in judged:
-            if one.correct is not False and one.content is not None:
-                contents.setdefault(one.prompt, []).append(one.content)
-        for prompt, shown in contents.items():
-            if len(shown) > 1:
-                shares.append(np.mean([first != second for first, second in itertools.combinations(shown, 2)]))
-                prompts.append(prompt)
-    return mean_interval(np.array(shares), prompts) if shares else None
 
 
 def _prompts(judged: Sequence[Judged]) -> list[str]:

@@ -19,9 +19,8 @@ from rich.table import Table
 from mmalign.core.objectives import bind_objective
 from mmalign.data import Manifest
 from mmalign.evaluate.report import installed_versions
-from mmalign.jobs import train
-from mmalign.jobs.generate import device_of
-from mmalign.jobs.sources import with_shipped_model
+from mmalign.jobs import references, train
+from mmalign.jobs.sources import device_of, with_shipped_model
 from mmalign.modalities import memory
 from mmalign.modalities.diffusion_loading import read_config
 
@@ -61,11 +60,11 @@ def _machine() -> dict[str, str]:
 
 def _needs(settings: train.Settings) -> dict[str, str]:
     objective = bind_objective(settings.objective)
-    kind = train.reference_kind(settings, objective)
+    kind = references.resolve(settings.reference, objective, settings.model)
     manifest = Manifest.read(settings.data.shards, settings.data.cache)
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     geometry = settings.training.geometry(0, ranks)
-    samples = geometry.micro_batch_size * (1 if objective.chosen_only else 2)
+    samples = geometry.micro_batch_size * objective.samples_per_row
     model = with_shipped_model(settings.model)
     estimate = memory.estimate(
         model,
@@ -73,8 +72,9 @@ def _needs(settings: train.Settings) -> dict[str, str]:
         train.DTYPES[settings.training.mixed_precision],
         samples,
         settings.training.optimizer,
-        frozen_copy=kind == "copy",
-        need_vae=manifest.encoder is None,
+        frozen_copy=references.holds_a_network(kind, settings.model),
+        need_vae=manifest.encoder is None or settings.training.sample_every is not None,
+        ranks=ranks if settings.training.sharding == "fsdp2" else 1,
     )
     device = device_of(settings.device)
     free = memory.available(device)
@@ -82,10 +82,12 @@ def _needs(settings: train.Settings) -> dict[str, str]:
     return {
         "objective": f"{objective.name}, reference {kind}",
         "parameters": f"{estimate.network_parameters:,} in the network, {estimate.trained_parameters:,} to train",
-        "weights": _size(estimate.network + estimate.reference + estimate.frozen),
+        "weights": _size(estimate.network + estimate.reference + estimate.frozen + estimate.gathered)
+        + (f", {_size(estimate.gathered)} of it gathered for the units at hand" if estimate.gathered else ""),
         "gradients and optimizer": _size(estimate.gradients + estimate.optimizer),
         "activations": f"{_size(estimate.activations)}, {_size(estimate.activations_checkpointed)} with checkpointing",
-        "in all": f"{_size(estimate.total(checkpointing))} of {_size(free)} free on {device}",
+        "in all": f"{_size(estimate.total(checkpointing))} of {_size(free)} free on {device}"
+        + (", for each process" if ranks > 1 else ""),
         "gradient_checkpointing: auto": "on" if checkpointing else "off",
         "records": f"{manifest.records:,} in {len(manifest.shards)} shards"
         + (", latents" if manifest.encoder else ", pictures: each step passes the VAE; see `mmalign encode`"),

@@ -20,9 +20,8 @@ from rich.console import Console
 from mmalign.core.types import Sample
 from mmalign.data import Manifest, Record, RecordError, open_image, read_shard
 from mmalign.data.errors import Defect
-from mmalign.jobs.generate import device_of
-from mmalign.jobs.shards import Skipped, work_through
-from mmalign.jobs.sources import with_shipped_model
+from mmalign.jobs.shards import Share, Skipped, by_name, work_through
+from mmalign.jobs.sources import device_of, with_shipped_model
 from mmalign.modalities.diffusion import DiffusionModality, DiffusionSettings, load
 
 POSITIONAL = ""
@@ -41,6 +40,8 @@ class Settings:
     batch_size: int = 32
     # the share of records that may be unreadable before the job stops
     max_bad_share: float = 0.01
+    # [place, of how many]: this process's part of the shards; null: RANK and WORLD_SIZE, as torchrun sets them
+    share: Share | None = None
     # cpu, cuda, cuda:1, mps; auto takes what is there
     device: str = "auto"
 
@@ -48,12 +49,12 @@ class Settings:
 def run(settings: Settings) -> Path:
     manifest = Manifest.read(settings.shards)
     modality, _ = load(with_shipped_model(settings.model), device_of(settings.device), torch.float32, need_vae=True)
-    by_name = {shard.row.name: shard for shard in manifest.shards}
+    shards = by_name(manifest)
     skipped = Skipped(settings.max_bad_share)
 
     def records_of(name: str) -> Iterator[Record]:
         batch: list[Record] = []
-        for record in skipped.good(_decodable(read_shard(by_name[name], need=frozenset({"raw"})))):
+        for record in skipped.good(_decodable(read_shard(shards[name], need=frozenset({"raw"})))):
             batch.append(record)
             if sum(len(one.candidates) for one in batch) >= settings.batch_size:
                 yield from _encoded(batch, modality, settings)
@@ -61,7 +62,8 @@ def run(settings: Settings) -> Path:
         yield from _encoded(batch, modality, settings)
 
     encoder = modality.fingerprint()
-    folder = work_through(Path(settings.output), list(by_name), records_of, "encode, shards", encoder)
+    folder = Path(settings.output)
+    work_through(folder, list(shards), records_of, "encode, shards", encoder, settings.share)
     Console().print(f"{skipped.seen} records encoded, {skipped.log.total} skipped {skipped.log.summary()} -> {folder}")
     return folder
 

@@ -4,7 +4,8 @@
 
 The model called `base` is what the others are held against, picture by picture. Pictures are kept as shards under
 `samples/`, so that a second call draws only what is missing. In the embedded world the oracle judges (accuracy by kind
-of prompt and of fact); elsewhere CLIP scores. Writes report.html and results.json.
+of prompt and of fact); elsewhere CLIP scores. `diversity` adds pictures of the same prompt from several seeds, to see
+whether a model has begun to repeat itself. Writes report.html and results.json.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from mmalign.evaluate.report import Report, installed_versions, write_report
 from mmalign.evaluate.statistics import UNIT
 from mmalign.evaluate.suite import Judged, Row, Run, summarise
 from mmalign.evaluate.world import judge
+from mmalign.feedback import Scorer
 from mmalign.jobs import generate
-from mmalign.jobs.scorers import ScorerSettings, load_scorer
+from mmalign.jobs.scorers import ScorerSettings, cautions, load_scorer
 from mmalign.jobs.shards import Skipped
-from mmalign.jobs.sources import seed_of
+from mmalign.jobs.sources import device_of, read_prompts, seed_of
 from mmalign.modalities.diffusion import DiffusionSampling, DiffusionSettings
 
 POSITIONAL = ""
@@ -42,6 +44,8 @@ class Entry:
     name: str
     # folder or hub name of a pipeline; world is the one that ships with mmalign
     path: str
+    # what the report calls it; null: its name
+    label: str | None = None
     # folder of LoRA weights to merge into it
     adapter: str | None = None
     # its training seed
@@ -59,6 +63,9 @@ class Settings:
     prompts: str = "world:test"
     count: int | None = 1024
     images_per_prompt: int = 1
+    # [prompts, pictures], e.g. [32, 4]: so many pictures for each of the first prompts, for the column diversity, which
+    # compares pictures of one prompt; they count for nothing else
+    diversity: tuple[int, int] | None = None
     # guidance scales; 1.0 is without
     guidance: list[float] = field(default_factory=lambda: [1.0, 3.0])
     # of prompts and pictures: all models get the same
@@ -79,7 +86,9 @@ class Story:
     command: str = ""
     config: str = ""
     health: Sequence[str] | None = None
+    # records that training could not use: by kind, and some of them by name
     skipped: dict[str, int] = field(default_factory=dict)
+    examples: Sequence[str] = ()
     notes: Sequence[str] = ()
 
 
@@ -103,6 +112,7 @@ def drawing(settings: Settings, entry: Entry, scale: float) -> generate.Settings
         prompts=settings.prompts,
         count=settings.count,
         candidates=settings.images_per_prompt,
+        repeats=settings.diversity,
         seed=settings.seed,
         device=settings.device,
         model=dataclasses.replace(settings.model, path=entry.path, adapter=entry.adapter),
@@ -117,20 +127,15 @@ def samples_folder(settings: Settings, entry: Entry, scale: float) -> Path:
 
 def report(settings: Settings, story: Story) -> list[Row]:
     """Judges what was drawn; writes report.html and results.json and prints the table."""
-    scorer = None if settings.scorer.name == "oracle" else load_scorer(settings.scorer, settings.device)
-    runs = []
-    for entry, scale in draws(settings):
-        judged = [
-            one
-            for record in _records(samples_folder(settings, entry, scale))
-            for one in _judged(record, settings.seed, scorer)
-        ]
-        runs.append(Run(entry.name, judged, entry.seed, scale))
+    scorer = None
+    if settings.scorer.name != "oracle":
+        scorer = load_scorer(settings.scorer, str(device_of(settings.device)))
+    runs = [judged(settings, entry, scale, scorer) for entry, scale in draws(settings)]
     rows = summarise(runs, bounds=UNIT if scorer is None else None)
     metrics: dict[str, list[str | Path]] = {}
     for entry in settings.models:
         if entry.metrics:
-            metrics.setdefault(entry.name, []).append(entry.metrics)
+            metrics.setdefault(entry.label or entry.name, []).append(entry.metrics)
     page = write_report(
         settings.output,
         Report(
@@ -140,9 +145,11 @@ def report(settings: Settings, story: Story) -> list[Row]:
             metrics=metrics,
             health=story.health,
             skipped=story.skipped,
+            examples=story.examples,
             config=story.config,
             command=story.command,
             versions=installed_versions(),
+            cautions=cautions(scorer),
             notes=story.notes,
         ),
     )
@@ -150,23 +157,55 @@ def report(settings: Settings, story: Story) -> list[Row]:
     return rows
 
 
-def _records(folder: Path) -> list[Record]:
-    skipped = Skipped(max_bad_share=0.0)
-    shards = Manifest.read(folder).shards
-    return [record for shard in shards for record in skipped.good(read_shard(shard, need=frozenset({"image"})))]
+def judged(settings: Settings, entry: Entry, scale: float, scorer: Scorer | None) -> Run:
+    """What the oracle, or the scorer where there is one, says of the pictures of one model at one guidance scale."""
+    records = _records(settings, entry, scale)
+    samples = [
+        Sample(
+            record.name,
+            record.prompt,
+            group=number,
+            draw=seed_of(settings.seed, number, place),
+            image=candidate.image,  # pyright: ignore[reportArgumentType]  decoded by read_shard
+        )
+        for number, record in enumerate(records)
+        for place, candidate in enumerate(record.candidates)
+    ]
+    verdicts = iter(_verdicts(samples, scorer))
+    by_prompt = [[next(verdicts) for _ in record.candidates] for record in records]
+    each = settings.images_per_prompt
+    return Run(
+        entry.name,
+        [one for several in by_prompt for one in several[:each]],
+        entry.seed,
+        scale,
+        entry.label,
+        [one for several in by_prompt if len(several) > each for one in several],
+    )
 
 
-def _judged(record: Record, seed: int, scorer) -> list[Judged]:
-    found = []
-    for place, candidate in enumerate(record.candidates):
-        drawn = seed_of(seed, int(record.key), place)
-        if scorer is None:
-            found.append(judge(record.prompt, drawn, candidate.image))  # pyright: ignore[reportArgumentType]
-            continue
-        sample = Sample(record.name, record.prompt, group=0, draw=0, image=candidate.image)  # pyright: ignore
-        [score] = scorer([sample])
-        found.append(Judged(record.prompt, "prompt", drawn, score, image=candidate.image))  # pyright: ignore
-    return found
+def _records(settings: Settings, entry: Entry, scale: float) -> list[Record]:
+    """What was drawn; pictures that an earlier call drew for other prompts are refused."""
+    skipped, drawn = Skipped(max_bad_share=0.0), drawing(settings, entry, scale)
+    shards = Manifest.read(drawn.output).shards
+    records = [record for shard in shards for record in skipped.good(read_shard(shard, need=frozenset({"image"})))]
+    prompts = read_prompts(settings.prompts, settings.count, settings.seed)
+    wanted = [(prompt, len(generate.scales_of(drawn, number))) for number, prompt in enumerate(prompts)]
+    if [(record.prompt, len(record.candidates)) for record in records] != wanted:
+        raise ValueError(
+            f"{drawn.output} holds pictures of other prompts, or another number for each, than this config asks for; "
+            "remove that folder, or choose another output"
+        )
+    return records
+
+
+def _verdicts(samples: Sequence[Sample], scorer: Scorer | None) -> list[Judged]:
+    if scorer is None:
+        return [judge(sample.prompt, sample.draw, sample.image) for sample in samples]  # pyright: ignore
+    return [
+        Judged(sample.prompt, "prompt", sample.draw, score, image=sample.image)
+        for sample, score in zip(samples, scorer(samples), strict=True)
+    ]
 
 
 def _comparison(runs: Sequence[Run]):
@@ -185,5 +224,5 @@ def _print(rows: Sequence[Row], page: Path) -> None:
     for row in rows:
         shown = (row.accuracy or row.score, row.gain or row.score_gain, row.win_rate, row.diversity)
         seed = "" if not row.seeds else str(row.seed) if row.seed is not None else f"{len(row.seeds)} seeds"
-        table.add_row(row.name, seed, f"{row.guidance:g}", str(row.n), *(str(one) if one else "" for one in shown))
+        table.add_row(row.label, seed, f"{row.guidance:g}", str(row.n), *(str(one) if one else "" for one in shown))
     Console().print(table)

@@ -10,16 +10,18 @@ are shared out among the processes. The picture of a candidate depends on (seed,
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from mmalign.data import Candidate, Record
-from mmalign.jobs.shards import work_through
-from mmalign.jobs.sources import read_prompts, seed_of, with_shipped_model
-from mmalign.modalities.diffusion import DiffusionSampling, DiffusionSettings, load
+from mmalign.jobs.shards import Share, remaining, work_through
+from mmalign.jobs.sources import device_of, read_prompts, seed_of, with_shipped_model
+from mmalign.modalities.diffusion import DiffusionModality, DiffusionSampling, DiffusionSettings, load
 
 POSITIONAL = ""
 
@@ -34,12 +36,14 @@ class Settings:
     count: int | None = None
     # pictures for each prompt
     candidates: int = 4
+    # [prompts, pictures]: so many pictures for each of the first prompts, to see how much they differ; null: none
+    repeats: tuple[int, int] | None = None
     # the guidance scale of each candidate, e.g. [2, 2, 1, 1]; null: sampling.guidance_scale for all
     guidance: list[float] | None = None
     seed: int = 0
     records_per_shard: int = 128
     # [place, of how many]: this process's part of the shards; null: RANK and WORLD_SIZE, as torchrun sets them
-    share: tuple[int, int] | None = None
+    share: Share | None = None
     # cpu, cuda, cuda:1, mps; auto takes what is there
     device: str = "auto"
     model: DiffusionSettings = field(default_factory=DiffusionSettings)
@@ -47,20 +51,31 @@ class Settings:
 
 
 def run(settings: Settings) -> Path:
-    scales = settings.guidance or [settings.sampling.guidance_scale] * settings.candidates
-    if len(scales) != settings.candidates:
-        raise ValueError(f"guidance lists {len(scales)} scales for {settings.candidates} candidates; give one for each")
+    if settings.guidance and len(settings.guidance) != settings.candidates:
+        raise ValueError(
+            f"guidance lists {len(settings.guidance)} scales for {settings.candidates} candidates; give one for each"
+        )
     prompts = read_prompts(settings.prompts, settings.count, settings.seed)
-    modality, network = load(
-        with_shipped_model(settings.model), device=device_of(settings.device), dtype=torch.float32, need_vae=True
-    )
+    count = -(-len(prompts) // settings.records_per_shard)
+    folder, names = Path(settings.output), [f"{index:06d}.tar" for index in range(count)]
+
+    @functools.cache
+    def model() -> tuple[DiffusionModality, nn.Module]:
+        return load(with_shipped_model(settings.model), device_of(settings.device), torch.float32, need_vae=True)
+
+    if remaining(folder, names, settings.share):
+        model()  # before anything is written, so that a wrong model.path leaves no folder behind
 
     def records_of(name: str) -> Iterator[Record]:
+        modality, network = model()
         start = int(Path(name).stem) * settings.records_per_shard
         numbers = range(start, min(start + settings.records_per_shard, len(prompts)))
+        wanted = {
+            (number, place): scale for number in numbers for place, scale in enumerate(scales_of(settings, number))
+        }
         drawn: dict[tuple[int, int], Candidate] = {}
-        for scale in dict.fromkeys(scales):
-            places = [(number, place) for number in numbers for place, one in enumerate(scales) if one == scale]
+        for scale in dict.fromkeys(wanted.values()):
+            places = [place for place, one in wanted.items() if one == scale]
             samples = modality.generate(
                 network,
                 [prompts[number] for number, _ in places],
@@ -70,16 +85,15 @@ def run(settings: Settings) -> Path:
             for place, sample in zip(places, samples, strict=True):
                 drawn[place] = Candidate(image=sample.image, source=f"{settings.model.path}, guidance {scale:g}")
         for number in numbers:
-            candidates = [drawn[number, place] for place in range(settings.candidates)]
+            candidates = [drawn[number, place] for place in range(len(scales_of(settings, number)))]
             yield Record(key=f"{number:08d}", prompt=prompts[number], candidates=candidates)
 
-    count = -(-len(prompts) // settings.records_per_shard)
-    names = [f"{index:06d}.tar" for index in range(count)]
-    return work_through(Path(settings.output), names, records_of, "generate, shards", share=settings.share)
+    return work_through(folder, names, records_of, "generate, shards", share=settings.share)
 
 
-def device_of(name: str) -> torch.device:
-    """`auto` takes an accelerator if there is one."""
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+def scales_of(settings: Settings, number: int) -> list[float]:
+    """The guidance scale of each candidate of a prompt."""
+    scales = settings.guidance or [settings.sampling.guidance_scale] * settings.candidates
+    prompts, pictures = settings.repeats or (0, 0)
+    more = pictures - len(scales) if number < prompts else 0
+    return scales + [settings.sampling.guidance_scale] * more

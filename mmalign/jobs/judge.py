@@ -10,6 +10,7 @@ byte. Scorers: `oracle` (exact, the embedded world only) and `clip` (a local wei
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +20,9 @@ from rich.console import Console
 from mmalign.core.types import Sample
 from mmalign.data import Candidate, Manifest, Record, open_image, read_shard
 from mmalign.feedback import PairingSettings, Scorer, pair
-from mmalign.jobs.generate import device_of
-from mmalign.jobs.scorers import ScorerSettings, load_scorer
-from mmalign.jobs.shards import Skipped, work_through
+from mmalign.jobs.scorers import ScorerSettings, cautions, load_scorer
+from mmalign.jobs.shards import Share, Skipped, by_name, remaining, work_through
+from mmalign.jobs.sources import device_of
 
 POSITIONAL = ""
 
@@ -38,28 +39,38 @@ class Settings:
     keep_ties: bool = False
     # the share of records that may be unreadable before the job stops
     max_bad_share: float = 0.01
+    # [place, of how many]: this process's part of the shards; null: RANK and WORLD_SIZE, as torchrun sets them
+    share: Share | None = None
     # cpu, cuda, cuda:1, mps; auto takes what is there
     device: str = "auto"
 
 
 def run(settings: Settings) -> Path:
     manifest = Manifest.read(settings.shards)
-    scorer = load_scorer(settings.scorer, str(device_of(settings.device)))
-    by_name = {shard.row.name: shard for shard in manifest.shards}
+    folder, shards = Path(settings.output), by_name(manifest)
+
+    @functools.cache
+    def scorer() -> Scorer:
+        return load_scorer(settings.scorer, str(device_of(settings.device)))
+
+    if remaining(folder, list(shards), settings.share):
+        scorer()  # before anything is written
     skipped = Skipped(settings.max_bad_share)
     need = frozenset({"raw", "latent"} if manifest.encoder is not None else {"raw"})
     ties = 0
 
     def records_of(name: str) -> Iterator[Record]:
         nonlocal ties
-        for record in skipped.good(read_shard(by_name[name], need)):
-            judged, tied = _judge(record, scorer, settings)
+        for record in skipped.good(read_shard(shards[name], need)):
+            judged, tied = _judge(record, scorer(), settings)
             ties += tied
             if judged.preferred or settings.keep_ties:
                 yield judged
 
-    folder = work_through(Path(settings.output), list(by_name), records_of, "judge, shards", manifest.encoder)
+    work_through(folder, list(shards), records_of, "judge, shards", manifest.encoder, settings.share)
     Console().print(f"{skipped.seen} records judged, {ties} ties dropped, {skipped.log.total} skipped -> {folder}")
+    for caution in cautions(scorer() if skipped.seen else None):
+        Console().print(caution)
     return folder
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mmalign.evaluate.world import oracle_score
-from mmalign.feedback import Scorer, clip_score
+from mmalign.feedback import ClipScore, Scorer, clip_score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,3 +25,13 @@ def load_scorer(settings: ScorerSettings, device: str) -> Scorer:
     if settings.weights is None:
         raise ValueError("scorer.name is clip, which needs scorer.weights: a local weights file")
     return clip_score(settings.weights, settings.architecture, device)
+
+
+def cautions(scorer: Scorer | None) -> list[str]:
+    """What a reader of its scores should know, in plain sentences."""
+    if isinstance(scorer, ClipScore) and scorer.truncated_prompts:
+        return [
+            f"CLIP read only the beginning of the prompt of {scorer.truncated_prompts} pictures: it is longer than "
+            "CLIP's text tower, and what comes later did not count."
+        ]
+    return []

@@ -1,11 +1,14 @@
-"""Where the jobs get prompts and models from: names that a user types, resolved to things."""
+"""Where the jobs get prompts, models and devices from: names that a user types, resolved to things."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
+import os
 from pathlib import Path
+
+import torch
 
 from mmalign.modalities.diffusion import DiffusionSettings
 from mmalign.world.datasets import SPLITS, prompts
@@ -45,6 +48,15 @@ def with_shipped_model(settings: DiffusionSettings) -> DiffusionSettings:
     if settings.path != "world":
         return settings
     return dataclasses.replace(settings, path=str(ASSETS / "diffusion"))
+
+
+def device_of(name: str) -> torch.device:
+    """`auto` takes an accelerator if there is one; processes that torchrun starts side by side take one each."""
+    if name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def seed_of(*parts: object) -> int:

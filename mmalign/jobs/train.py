@@ -12,17 +12,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from rich.console import Console
 
-from mmalign.config import to_dict
-from mmalign.core.objectives import BoundObjective, bind_objective
-from mmalign.core.reference import AdapterOff, FrozenCopy, NoReference, Reference
-from mmalign.data import DataSettings, Manifest, RecordStream, liked, preference_pair
+from mmalign.config import short_form, to_dict
+from mmalign.core.objectives import bind_objective
+from mmalign.data import DataSettings, Manifest, RecordStream, collate_for
+from mmalign.jobs import references
+from mmalign.jobs.feedback import check_feedback
+from mmalign.jobs.references import ReferenceSettings
 from mmalign.jobs.sources import with_shipped_model
-from mmalign.modalities.diffusion import DiffusionModality, DiffusionSampling, DiffusionSettings, load
+from mmalign.modalities.diffusion import DiffusionSampling, DiffusionSettings, load
 from mmalign.training import TrainingResult, TrainingSettings, launch
 from mmalign.training import train as run_loop
 
@@ -36,10 +38,11 @@ class Settings:
     output: str = "runs/train"
     data: DataSettings = field(default_factory=DataSettings)
     model: DiffusionSettings = field(default_factory=DiffusionSettings)
-    # name: dpo, hinge, ipo, ln_dpo, sft; the other keys are the parameters of that objective
-    objective: dict[str, Any] = field(default_factory=lambda: {"name": "dpo"})
-    # copy (a second network), adapter_off (LoRA), none; auto: what the objective and the model call for
-    reference: Literal["auto", "copy", "adapter_off", "none"] = "auto"
+    # name: dpo, ...; the other keys are its parameters (see `mmalign objectives`). A list of such sections, each with
+    # a weight, adds their losses: [{name: dpo, weight: 0.8}, {name: bco_pair, weight: 0.2}, {name: sft, weight: 1}]
+    objective: dict[str, Any] | list[dict[str, Any]] = field(default_factory=lambda: {"name": "dpo"})
+    # what the policy is held against
+    reference: Annotated[ReferenceSettings, short_form("kind")] = field(default_factory=ReferenceSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     # how the sample grids are drawn (training.sample_every)
     sampling: DiffusionSampling = field(default_factory=DiffusionSampling)
@@ -51,8 +54,14 @@ class Settings:
 
 def run(settings: Settings) -> TrainingResult:
     objective = bind_objective(settings.objective)
-    kind = reference_kind(settings, objective)
+    kind = references.resolve(settings.reference, objective, settings.model)
     manifest = Manifest.read(settings.data.shards, settings.data.cache)
+    check_feedback(objective, manifest, settings.data, settings.training.seed)
+    if objective.condition_dropout and settings.model.caption_dropout:
+        raise ValueError(
+            f"objective.condition_dropout {objective.condition_dropout} and model.caption_dropout "
+            f"{settings.model.caption_dropout} would both take prompts away; set one of them to 0"
+        )
     from_latents = manifest.encoder is not None
     processes = launch(cpu=settings.device == "cpu")
     geometry = settings.training.geometry(processes.rank, processes.ranks)
@@ -61,9 +70,9 @@ def run(settings: Settings) -> TrainingResult:
         processes.device,
         DTYPES[settings.training.mixed_precision],
         need_vae=not from_latents or settings.training.sample_every is not None,
-        samples=geometry.micro_batch_size * (1 if objective.chosen_only else 2),
+        samples=geometry.micro_batch_size * objective.samples_per_row,
         optimizer=settings.training.optimizer,
-        frozen_copy=kind == "copy",
+        frozen_copy=references.holds_a_network(kind, settings.model),
         seed=settings.training.seed,
     )
     if from_latents:
@@ -73,12 +82,20 @@ def run(settings: Settings) -> TrainingResult:
         settings.data,
         settings.training.seed,
         need=frozenset({"latent"}) if from_latents else frozenset({"image"}),
-        collate=liked if objective.chosen_only else preference_pair,
+        collate=collate_for(objective.row, manifest.records, settings.data.curriculum, settings.data.reward_prompt),
     )
     return run_loop(
         modality=modality,
         network=network,
-        reference=build_reference(kind, modality, network),
+        reference=references.build(
+            settings.reference,
+            kind,
+            modality,
+            network,
+            seed=settings.training.seed,
+            folder=Path(settings.output),
+            processes=processes,
+        ),
         objective=objective,
         stream=stream,
         settings=settings.training,
@@ -88,25 +105,3 @@ def run(settings: Settings) -> TrainingResult:
         console=Console(),
         sampling=settings.sampling,
     )
-
-
-def reference_kind(settings: Settings, objective: BoundObjective) -> str:
-    """What `reference: auto` stands for; combinations that cannot work raise ValueError before anything is loaded."""
-    has_adapter = settings.model.lora is not None
-    kind = settings.reference
-    if kind == "auto":
-        kind = "none" if not objective.needs_reference else "adapter_off" if has_adapter else "copy"
-    if kind == "none" and objective.needs_reference:
-        raise ValueError(f"reference is none, but objective {objective.name} needs one; use auto, copy or adapter_off")
-    if kind == "adapter_off" and not has_adapter:
-        raise ValueError("reference is adapter_off, but nothing can be switched off; set model.lora or reference: copy")
-    return kind
-
-
-def build_reference(kind: str, modality: DiffusionModality, network: torch.nn.Module) -> Reference:
-    if kind == "none":
-        return NoReference()
-    if kind == "copy":
-        return FrozenCopy(network)
-    assert modality.reference_switch is not None
-    return AdapterOff(modality.reference_switch)

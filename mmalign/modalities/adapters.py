@@ -99,13 +99,13 @@ def save_lora(network: nn.Module, weights: Mapping[str, Tensor], folder: Path) -
     `weights` is the network's whole state dict, gathered from all ranks where it is sharded.
     """
     from diffusers import StableDiffusionPipeline
-    from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
     from peft import get_peft_model_state_dict
 
-    adapter = get_peft_model_state_dict(network, state_dict=dict(weights))
+    # Under PEFT's own names: diffusers has others for attention alone, and loads nothing of those from a mixed file.
+    adapter: dict[str, Any] = get_peft_model_state_dict(network, state_dict=dict(weights))
     StableDiffusionPipeline.save_lora_weights(
         folder,
-        unet_lora_layers=convert_state_dict_to_diffusers(adapter),
+        unet_lora_layers=adapter,
         unet_lora_adapter_metadata=network.peft_config["default"].to_dict(),  # pyright: ignore
     )
 

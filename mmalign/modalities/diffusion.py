@@ -78,21 +78,23 @@ def load(
     samples: int = 2,
     optimizer: str = "adamw",
     frozen_copy: bool | None = None,
+    ranks: int = 1,
     seed: int = 0,
 ) -> tuple[DiffusionModality, nn.Module]:
     """The modality and the network to train, on the device.
 
     `dtype` is the precision of the forward pass. Weights that train are in fp32; with LoRA the frozen weights of the
     network are in `dtype`. `need_vae`: images are encoded or drawn; training from stored latents needs none. `samples`
-    (per forward pass), `optimizer` and `frozen_copy` (whether the reference is one; by default it is unless there is
-    LoRA) only feed the memory estimate of `gradient_checkpointing: auto`. `seed` draws the adapters' first weights.
+    (per forward pass), `optimizer`, `frozen_copy` (whether the reference is one; by default it is unless there is LoRA)
+    and `ranks` (processes that the weights will be sharded over) only feed the memory estimate of
+    `gradient_checkpointing: auto`. `seed` draws the adapters' first weights.
     """
     config = read_config(settings.path)
     config.resolution(settings)
     checkpointing = settings.gradient_checkpointing in ("on", True)
     if settings.gradient_checkpointing == "auto":
         copied = settings.lora is None if frozen_copy is None else frozen_copy
-        estimate = memory.estimate(settings, config, dtype, samples, optimizer, copied, need_vae)
+        estimate = memory.estimate(settings, config, dtype, samples, optimizer, copied, need_vae, ranks)
         checkpointing = estimate.wants_checkpointing(memory.available(device))
     pipeline = load_pipeline(settings.path, config, dtype if settings.lora else torch.float32, need_vae)
     if settings.adapter is not None:
@@ -131,6 +133,7 @@ class DiffusionModality:
             device,
         )
         self.truncated_prompts = 0
+        self.empty_prompt = ""
         self.reference_switch: Callable[[nn.Module], AbstractContextManager] | None = (
             adapters_off if settings.lora is not None else None
         )
@@ -184,7 +187,7 @@ class DiffusionModality:
             for side, rows in () if pair is None else (("w", pair.chosen), ("l", pair.rejected)):
                 if len(rows.values):
                     numbers[f"{name}_{side}_err"] = _mean_error(rows.values[:, 0].detach(), weights[side])
-        if reference is not None and len(policy.rejected.values):
+        if reference is not None and torch.equal(inputs.group[:count], inputs.group[count:]):
             chosen = policy.chosen.sum() - reference.chosen.sum()
             rejected = policy.rejected.sum() - reference.rejected.sum()
             numbers["implicit_acc"] = (0.5 * (1 + torch.sign((chosen - rejected).detach()))).mean()

@@ -9,6 +9,7 @@ which `wants_checkpointing` keeps a margin.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from mmalign.modalities.adapters import add_lora
 from mmalign.modalities.diffusion_loading import DiffusionSettings, PipelineConfig
+from mmalign.modalities.units import parameters_by_unit
 
 # bytes of optimizer state per trained parameter
 OPTIMIZER_BYTES = {"adamw": 8.0, "adafactor": 0.1, "adamw_8bit": 2.1}
@@ -46,10 +48,12 @@ class MemoryEstimate:
     # kept for the backward pass, without and with gradient checkpointing
     activations: int
     activations_checkpointed: int
+    # whole weights and gradients of the units at hand, while everything else is sharded over processes
+    gathered: int = 0
 
     def total(self, checkpointing: bool) -> int:
         """Bytes in all."""
-        fixed = self.network + self.reference + self.frozen + self.gradients + self.optimizer
+        fixed = self.network + self.reference + self.frozen + self.gradients + self.optimizer + self.gathered
         return fixed + (self.activations_checkpointed if checkpointing else self.activations)
 
     def wants_checkpointing(self, available: int) -> bool:
@@ -83,28 +87,46 @@ def estimate(
     optimizer: str,
     frozen_copy: bool,
     need_vae: bool,
+    ranks: int = 1,
 ) -> MemoryEstimate:
-    """For `samples` images per forward pass (twice the pairs of a micro-batch), from configuration alone."""
+    """For `samples` images per forward pass (twice the pairs of a micro-batch), from configuration alone.
+
+    `ranks` is the number of processes over which network, reference, gradients and optimizer are sharded (FSDP2); under
+    DDP each process holds them whole, so that it is 1.
+    """
     if optimizer not in OPTIMIZER_BYTES:
         raise ValueError(f"training.optimizer is {optimizer!r}; expected one of {', '.join(OPTIMIZER_BYTES)}")
     network = meta_network(settings, config, dtype)
     parameters = list(network.parameters())
     trained = sum(p.numel() for p in parameters if p.requires_grad)
-    weights = sum(p.numel() * p.element_size() for p in parameters)
+    weights = _bytes(parameters)
     activations, checkpointed = saved_activations(network, meta_inputs(settings, config, samples), dtype)
     if settings.lora is None and dtype != torch.float32:
         checkpointed += dtype.itemsize * trained  # autocast keeps its copies of the weights through the step
     return MemoryEstimate(
         network_parameters=sum(p.numel() for p in parameters),
         trained_parameters=trained,
-        network=weights,
-        reference=weights if frozen_copy else 0,
+        network=weights // ranks,
+        reference=weights // ranks if frozen_copy else 0,
         frozen=4 * _frozen_parameters(config, need_vae),
-        gradients=4 * trained,
-        optimizer=int(OPTIMIZER_BYTES[optimizer] * trained),
+        gradients=4 * trained // ranks,
+        optimizer=int(OPTIMIZER_BYTES[optimizer] * trained) // ranks,
         activations=activations,
         activations_checkpointed=checkpointed,
+        gathered=_gathered(network) if ranks > 1 else 0,
     )
+
+
+def _gathered(network: nn.Module) -> int:
+    """What the units leave to the root, which stays whole; the largest unit in use, the next one on its way, and the
+    gradient of one before it is divided."""
+    *parts, root = parameters_by_unit(network)
+    gradients = [4 * sum(p.numel() for p in part if p.requires_grad) for part in (*parts, root)]
+    return _bytes(root) + 2 * max(map(_bytes, parts), default=0) + max(gradients)
+
+
+def _bytes(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
 
 def meta_network(settings: DiffusionSettings, config: PipelineConfig, dtype: torch.dtype) -> Any:

@@ -2,8 +2,10 @@
 
     checkpoint-500/model.safetensors       the trainable weights by name (all of them, or only the adapters)
     checkpoint-500/optimizer.safetensors   its tensors, as <weight>|<entry>
+    checkpoint-500/reference.safetensors   what the reference must remember, if anything
     checkpoint-500/state.json              step, stream position, settings, and what else must continue
     latest                                 the name of the newest one
+    pool/step-30.safetensors               an earlier policy that the reference may return to
 
 Weights are stored whole, so a run may resume on another number of processes or with other sharding. There is no state
 of random numbers: every micro-batch is seeded anew from the seed and its place in the stream. Untouched weights and
@@ -19,10 +21,10 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import torch
 from safetensors import SafetensorError
@@ -33,6 +35,8 @@ from mmalign.training.distributed import Processes, sharded_like, whole
 
 LATEST = "latest"
 FORMAT = 1
+REFERENCE_FILE = "reference.safetensors"
+POOL = "pool"
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Checkpoint:
     path: Path
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
+    reference: dict[str, Tensor]
     state: dict[str, Any]
 
 
@@ -50,6 +55,7 @@ def save(
     step: int,
     weights: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
+    reference: Mapping[str, Tensor],
     state: Mapping[str, Any],
     processes: Processes,
     keep: int,
@@ -62,10 +68,11 @@ def save(
     path = folder / f"checkpoint-{step}"
     tensors = {name: _portable(weight) for name, weight in weights.items()}
     entries, scalars = _optimizer_entries(weights, optimizer)
+    anchor = {name: _portable(tensor) for name, tensor in reference.items()}
     problem = None
     if processes.main:
         document = {"format": FORMAT, "step": step, **state, "optimizer_scalars": scalars}
-        problem = _attempt(path, lambda partial: _write(partial, tensors, entries, document))
+        problem = _attempt(path, lambda partial: _write(partial, tensors, entries, anchor, document))
         if problem is None:
             replace_text(folder / LATEST, path.name + "\n")
             _remove_old(folder, keep)
@@ -99,7 +106,9 @@ def read(path: Path) -> Checkpoint:
     state = json.loads((path / "state.json").read_text())
     if state.get("format") != FORMAT:
         raise ValueError(f"{path} has checkpoint format {state.get('format')}; expected {FORMAT}")
-    return Checkpoint(path, load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors"), state)
+    weights, optimizer = load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors")
+    reference = load_file(path / REFERENCE_FILE) if (path / REFERENCE_FILE).is_file() else {}
+    return Checkpoint(path, weights, optimizer, reference, state)
 
 
 def load_weights(network: nn.Module, path: str | Path) -> None:
@@ -134,6 +143,59 @@ def restore(checkpoint: Checkpoint, weights: Mapping[str, nn.Parameter], optimiz
         # Step counters stay on the CPU, where the optimizers of torch keep them.
         fitted = sharded_like(tensor, weight) if tensor.shape == weight.shape else tensor
         optimizer.state[weight][entry] = fitted.to(weight.device) if tensor.dim() else tensor
+
+
+def restored_reference(checkpoint: Checkpoint, weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The reference's tensors where it wants them: those with the name of a weight are divided as it is."""
+    found = checkpoint.reference.items()
+    return {name: sharded_like(tensor, weights[name]) if name in weights else tensor for name, tensor in found}
+
+
+@final
+class Snapshots:
+    """Earlier states of the trained weights, whole, in `pool/` of a run: the shelf of a reference pool.
+
+    Every process must call `put`; the first one writes. They are never removed, so that any checkpoint can be resumed.
+    """
+
+    def __init__(self, folder: Path, processes: Processes):
+        self._folder, self._processes = folder / POOL, processes
+
+    def put(self, step: int, weights: Mapping[str, Tensor]) -> None:
+        """Raises ValueError where the disk is full; an earlier snapshot is then as it was."""
+        tensors = {name: _portable(weight) for name, weight in weights.items()}
+        problem = self._write(self._path(step), tensors) if self._processes.main else None
+        problem = self._processes.broadcast_object(problem, 0)
+        if problem:
+            raise ValueError(problem)
+
+    def get(self, step: int, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        tensors = load_file(self._path(step))
+        return {name: sharded_like(tensors[name], weight) for name, weight in like.items()}
+
+    def missing(self, steps: Sequence[int]) -> str | None:
+        """None, or in words the first one that is not there."""
+        for step in steps:
+            if not self._path(step).is_file():
+                return f"no {self._path(step)}; copy {POOL}/ from the folder of the run that wrote the checkpoint"
+        return None
+
+    def _path(self, step: int) -> Path:
+        return self._folder / f"step-{step}.safetensors"
+
+    def _write(self, path: Path, tensors: dict[str, Tensor]) -> str | None:
+        partial = path.with_name(f".{path.name}.partial")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, partial)
+            _sync(partial)
+            os.replace(partial, path)
+            _sync(self._folder)
+        except (OSError, SafetensorError) as error:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            return f"could not write {path}: {error}; free some space, or raise reference.every, then resume"
+        return None
 
 
 @contextlib.contextmanager
@@ -227,9 +289,17 @@ def _attempt(path: Path, write: Callable[[Path], None]) -> str | None:
     return None
 
 
-def _write(partial: Path, weights: dict[str, Tensor], entries: dict[str, Tensor], document: dict[str, Any]) -> None:
+def _write(
+    partial: Path,
+    weights: dict[str, Tensor],
+    entries: dict[str, Tensor],
+    reference: dict[str, Tensor],
+    document: dict[str, Any],
+) -> None:
     save_file(weights, partial / "model.safetensors")
     save_file(entries, partial / "optimizer.safetensors")
+    if reference:
+        save_file(reference, partial / REFERENCE_FILE)
     (partial / "state.json").write_text(json.dumps(document, indent=1))
     for file in partial.iterdir():
         _sync(file)

@@ -19,6 +19,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from mmalign.modalities.units import units
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -79,6 +81,13 @@ def launch(cpu: bool = False) -> Processes:
     return Processes(state.process_index, state.num_processes, device)
 
 
+def leave() -> None:
+    """Ends the process group at the end of a program that went well; without one it does nothing. After an error the
+    group is left alone: ending it waits for the other processes, and they may be waiting for this one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def wrap(network: nn.Module, sharding: str, processes: Processes) -> nn.Module:
     """The network as the loop calls it: itself in one process, under DDP, or with its parameters sharded in place."""
     if processes.ranks == 1:
@@ -92,20 +101,12 @@ def wrap(network: nn.Module, sharding: str, processes: Processes) -> nn.Module:
 
 
 def shard(network: nn.Module) -> nn.Module:
-    """FSDP2 over all processes, one unit for each block of the outermost module lists and one for the rest."""
+    """FSDP2 over all processes: each unit is gathered when it is called, and one more holds the rest."""
     mesh = dist.init_device_mesh(next(network.parameters()).device.type, (dist.get_world_size(),))
-    for block in _blocks(network):
-        fully_shard(block, mesh=mesh)
+    for unit in units(network):
+        fully_shard(unit, mesh=mesh)
     fully_shard(network, mesh=mesh)
     return network
-
-
-def _blocks(network: nn.Module) -> Iterator[nn.Module]:
-    for child in network.children():
-        if isinstance(child, nn.ModuleList):
-            yield from child
-        else:
-            yield from _blocks(child)
 
 
 @contextlib.contextmanager

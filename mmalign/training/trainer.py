@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import nn
 
 from mmalign.core.objectives import BoundObjective
-from mmalign.core.reference import FrozenCopy, Reference
+from mmalign.core.reference import Cached, FrozenCopy, Reference, Soup
 from mmalign.core.types import Modality
 from mmalign.data.reader import Geometry, Step
 from mmalign.training import checkpoint as checkpoints
@@ -54,6 +54,8 @@ class Trainable(Modality, Protocol):
     """A modality whose networks can be trained and exported."""
 
     truncated_prompts: int
+    # the prompt that asks for nothing: what condition dropout puts in the place of a prompt
+    empty_prompt: Any
 
     def export(self, network: nn.Module, folder: Path) -> None:
         """Writes the trained network into an empty folder. Called on every process, the first one writes."""
@@ -88,7 +90,8 @@ class _Run:
     processes: Processes
     settings: TrainingSettings
     folder: Path
-    objective: str
+    objective: BoundObjective
+    reference: Reference
     step: int = 0
     errors: Counter[str] = field(default_factory=Counter)
 
@@ -98,11 +101,15 @@ class _Run:
             "health": self.health.state_dict(),
             "scaler": self.updater.scaler.state_dict(),
             "errors": dict(self.errors),
-            "objective": self.objective,
+            "objective": self.objective.name,
+            "objective_state": self.objective.state_dict(),
+            "reference": self.reference.name,
             "settings": asdict(self.settings),
         }
-        keep = self.settings.keep_checkpoints
-        return checkpoints.save(self.folder, self.step, self.weights, self.optimizer, state, self.processes, keep)
+        reference, keep = self.reference.state_dict(), self.settings.keep_checkpoints
+        return checkpoints.save(
+            self.folder, self.step, self.weights, self.optimizer, reference, state, self.processes, keep
+        )
 
     def load(self, path: Path) -> None:
         found = checkpoints.read(path)
@@ -112,15 +119,19 @@ class _Run:
                     f"{path} was trained with training.{key} {found.state['settings'][key]}, this run has "
                     f"{getattr(self.settings, key)}; set it back, or start a new run"
                 )
-        if found.state["objective"] != self.objective:
-            raise ValueError(
-                f"{path} was trained with objective {found.state['objective']}, this run has {self.objective}; "
-                "set objective.name back, or start a new run"
-            )
+        mine = (("objective", self.objective.name, "objective.name"), ("reference", self.reference.name, "reference"))
+        for part, name, key in mine:
+            if found.state[part] != name:
+                raise ValueError(
+                    f"{path} was trained with {part} {found.state[part]}, this run has {name}; set {key} back, "
+                    "or start a new run"
+                )
         checkpoints.restore(found, self.weights, self.optimizer)
+        self.reference.load_state_dict(checkpoints.restored_reference(found, self.weights))
         self.stream.load_state_dict(found.state["stream"])
         self.health.load_state_dict(found.state["health"])
         self.updater.scaler.load_state_dict(found.state["scaler"])
+        self.objective.load_state_dict(found.state["objective_state"])
         self.errors = Counter(found.state["errors"])
         self.step = found.state["step"]
 
@@ -154,25 +165,30 @@ def train(
     Raises ValueError for settings that cannot work, too many bad records or skipped steps, and a full disk;
     FileNotFoundError for a missing checkpoint.
     """
+    _check_cached(reference, objective)
     folder = Path(folder)
     start = checkpoints.find(folder, resume)
-    weights = trainable(network)
-    processes = launch(cpu=next(iter(weights.values())).device.type == "cpu")
+    processes = launch(cpu=next(iter(trainable(network).values())).device.type == "cpu")
     geometry = settings.geometry(processes.rank, processes.ranks)
     policy = wrap(network.train(), settings.sharding, processes)
-    if settings.sharding == "fsdp2" and processes.ranks > 1:
-        weights = trainable(network)
-        if isinstance(reference, FrozenCopy):
-            shard(reference.network)
+    if settings.sharding == "fsdp2" and processes.ranks > 1 and isinstance(reference, FrozenCopy | Soup):
+        shard(reference.network)
+    weights = trainable(network)
     optimizer = build_optimizer(list(weights.values()), settings)
-    updater = Updater(modality, policy, reference, objective, optimizer, settings, geometry, processes)
-    health = Health(settings.max_skipped_steps, objective.at_equality() if objective.needs_reference else None)
-    run = _Run(updater, optimizer, weights, stream, health, processes, settings, folder, objective.name)
-    if start is not None:
+    updater = Updater(
+        modality, policy, reference, objective, optimizer, settings, geometry, processes, modality.empty_prompt
+    )
+    health = Health(settings.max_skipped_steps, objective.at_equality() if reference.equal_at_start else None)
+    run = _Run(updater, optimizer, weights, stream, health, processes, settings, folder, objective, reference)
+    if start is None:
+        reference.advance(policy, run.step)
+    else:
         run.load(start)
     preview = Preview(modality, settings, sampling, folder, processes)
     recorder = _Recorder(run, describe or {}, console)
     try:
+        for note in objective.notes(geometry.accumulation):
+            recorder.display.say(note)
         if start is None:
             preview.base(policy)
         else:
@@ -185,6 +201,14 @@ def train(
     finally:
         recorder.close()
     return TrainingResult(run.step, path, recorder.last, health.findings, dict(run.errors), model, stopped)
+
+
+def _check_cached(reference: Reference, objective: BoundObjective) -> None:
+    if isinstance(reference, Cached) and objective.roll is not None:
+        raise ValueError(
+            f"reference is cached, but {objective.name} pairs answers with the prompts of other records, for which no "
+            "log-probs are stored; use another reference"
+        )
 
 
 def _loop(run: _Run, policy: nn.Module, geometry: Geometry, preview: Preview, recorder: _Recorder) -> tuple[Path, bool]:
@@ -204,6 +228,7 @@ def _loop(run: _Run, policy: nn.Module, geometry: Geometry, preview: Preview, re
                 run.health.skip(run.step, update.skipped, update.keys)
             recorder.record(batch, update, waited)
             run.step += 1
+            run.reference.advance(policy, run.step)
             path = None
             if run.step % settings.checkpoint_every == 0:
                 path = run.save()

@@ -1,23 +1,28 @@
 """One optimizer step: micro-batches to a gradient, and the gradient to the weights, or to a reason why not.
 
-The gradient is that of the mean loss over all usable rows of the step, on whatever process and in whatever micro-batch
-they are, so the division into micro-batches and processes is only a matter of memory and speed.
+The gradient is that of the loss over all usable rows of the step, on whatever process and in whatever micro-batch they
+are, so the division into micro-batches and processes is only a matter of memory and speed. A loss that is a mean of
+terms of single rows is added up; one that looks at the whole batch is taken on the log-probs of all rows at once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mmalign.core.labels import Labels
 from mmalign.core.objectives import BoundObjective
 from mmalign.core.reference import Reference
 from mmalign.core.types import LogProbs, Modality, Pair, Sample
 from mmalign.data.reader import Geometry, Step
+from mmalign.training import roll
 from mmalign.training.distributed import Processes, gradient_sync, whole
+from mmalign.training.population import first_row, gather_labels, gather_log_probs, gather_rows
 from mmalign.training.settings import TrainingSettings
 
 Rows = Sequence[tuple[Sample, ...]]
@@ -42,6 +47,35 @@ class Update:
     overflow: bool = False
 
 
+@dataclass
+class _Pass:
+    """A micro-batch and what the networks say of it. `place` seeds its dropout; borrowed samples count for nothing."""
+
+    place: int
+    samples: list[Sample]
+    borrowed: bool
+    # the share of the batch's loss that these samples carry
+    share: float
+    inputs: Any = None
+    policy: LogProbs | None = None
+    reference: LogProbs | None = None
+    mismatched: Tensor | None = None
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+
+class _Sums:
+    """Numbers by name, added up over micro-batches on the device."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Tensor] = {}
+
+    def add(self, numbers: dict[str, Tensor], share: float) -> None:
+        for name, value in numbers.items():
+            # What counts for nothing may not even be finite.
+            part = _wide(value) * share if share else torch.zeros_like(_wide(value))
+            self.values[name] = self.values[name] + part if name in self.values else part
+
+
 class Updater:
     """Everything that an update needs. It keeps no state from one step to the next, except the weights it moves."""
 
@@ -55,6 +89,7 @@ class Updater:
         settings: TrainingSettings,
         geometry: Geometry,
         processes: Processes,
+        empty_prompt: Any = "",
     ):
         self._modality = modality
         self._policy = policy
@@ -64,89 +99,182 @@ class Updater:
         self._settings = settings
         self._geometry = geometry
         self._processes = processes
+        self._empty_prompt = empty_prompt
         self._weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         self.scaler = torch.amp.GradScaler(processes.device.type, enabled=settings.mixed_precision == "fp16")
 
     def __call__(self, batch: Step, learning_rate: float) -> Update:
         """Raises nothing for a bad step: it is skipped, the weights stay, and the Update says why."""
-        counts = self._row_counts(batch)
-        rows = int(counts.sum())
-        samples = rows * (1 if self._objective.chosen_only else 2)
+        batch = self._with_negatives(batch)
+        counts = self._counts(batch)
+        rows, samples, _ = counts.sum((0, 1)).tolist()
         if rows == 0:
             return Update(rows, samples, skipped="no usable record in the whole batch")
-        numbers, names, seen = self._accumulate(batch, counts, rows)
+        self._optimizer.zero_grad(set_to_none=True)
+        passes = self._passes(batch, counts)
+        sums = self._whole(passes) if self._in_one(passes) else self._by_parts(passes)
         grad_norm = self._clip()
         # One transfer from the device per step: loss, metrics and gradient norm together.
-        loss, *means, norm = torch.cat([self._processes.sum(numbers), grad_norm[None]]).tolist()
-        update = Update(rows, samples, loss, norm, dict(zip(names, means, strict=True)))
+        numbers = self._processes.sum(torch.stack(list(sums.values.values())))
+        loss, *means, norm = torch.cat([numbers, grad_norm[None]]).tolist()
+        update = Update(rows, samples, loss, norm, dict(zip(list(sums.values)[1:], means, strict=True)))
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            self._explain(update, batch, seen)
+            self._explain(update, passes)
         self._move(update, learning_rate)
         return update
 
-    def _row_counts(self, batch: Step) -> Tensor:
-        """(rank, micro-batch): usable rows, the same on every process."""
-        own = torch.tensor([len(rows) for rows in batch.micro_batches], device=self._processes.device)
-        return self._processes.gather(own).cpu()
+    # -- rows to passes ------------------------------------------------------------------------------------------------
 
-    def _accumulate(
-        self, batch: Step, counts: Tensor, total: int
-    ) -> tuple[Tensor, list[str], list[tuple[Rows, LogProbs, LogProbs | None]]]:
-        """Backward passes of all micro-batches. Returns this process's share of the mean loss and metrics."""
-        self._optimizer.zero_grad(set_to_none=True)
-        # A micro-batch that is empty on every process is left out; where only some have rows, the others join in with
-        # a borrowed row of weight 0, for every process must make the same passes.
-        live = [index for index in range(counts.shape[1]) if counts[:, index].sum() > 0]
-        borrowed = self._borrow(batch, counts) if (counts[:, live] == 0).any() else []
-        numbers, names, seen = torch.zeros(0), [], []
+    def _with_negatives(self, batch: Step) -> Step:
+        objective = self._objective
+        if objective.roll != "negatives":
+            return batch
+        rolled = roll.with_negatives(
+            batch.micro_batches, self._processes, objective.condition_dropout, self._empty_prompt
+        )
+        return replace(batch, micro_batches=rolled)
+
+    def _counts(self, batch: Step) -> Tensor:
+        """(rank, micro-batch, 3): usable rows, samples, and what the loss is a mean over, the same on every process."""
+        own = [[len(rows), sum(len(row) for row in rows)] for rows in batch.micro_batches]
+        own = [[rows, samples, self._objective.units(rows, samples)] for rows, samples in own]
+        return self._processes.gather(torch.tensor(own, device=self._processes.device)).cpu()
+
+    def _passes(self, batch: Step, counts: Tensor) -> list[_Pass]:
+        """The micro-batches that anyone has rows in. Where only some processes have rows, the others join in with a
+        borrowed row of weight 0, for every process must make the same passes."""
+        live = [index for index in range(counts.shape[1]) if counts[:, index, 0].sum() > 0]
+        borrowed = self._borrow(batch, counts) if (counts[:, live, 0] == 0).any() else []
+        own = counts[self._processes.rank, :, 2].double() / counts[:, :, 2].sum()
+        others = roll.mismatched(batch.micro_batches, self._processes) if self._objective.roll == "mismatched" else None
+        found = []
         for index in live:
             rows = batch.micro_batches[index]
-            share = len(rows) / total
-            self._seed(batch.position, index)
-            with gradient_sync(self._policy, index == live[-1]):
-                loss, metrics, policy, reference = self._evaluate(rows or borrowed)
-                # Processes average their gradients, hence the factor.
-                self.scaler.scale(loss * (share * self._processes.ranks)).backward()
-            values = _wide(torch.stack([loss.detach(), *metrics.values()]))
-            # A borrowed row counts for nothing, even where it is not finite.
-            values = values * share if rows else torch.zeros_like(values)
-            numbers = values if not names else numbers + values
-            names = list(metrics)
-            seen.append((rows, LogProbs(policy.values.detach(), policy.weight), reference))
-        return numbers, names, seen
+            place = self._geometry.first_slot(batch.position, index)
+            found.append(_Pass(place, _arranged(rows or borrowed), not rows, float(own[index])))
+            if others is not None:
+                found[-1].mismatched = self._log_ratios(others[index], place)
+        return found
 
-    def _evaluate(self, rows: Rows) -> tuple[Tensor, dict[str, Tensor], LogProbs, LogProbs | None]:
-        """The loss of some rows. The reference comes first: its activations are gone before the policy's are kept."""
-        chosen = [row[0] for row in rows]
-        rejected = [] if self._objective.chosen_only else [row[1] for row in rows]
-        inputs = self._modality.prepare([*chosen, *rejected])
+    def _borrow(self, batch: Step, counts: Tensor) -> Rows:
+        source = int((counts[:, :, 0].sum(1) > 0).nonzero()[0])
+        own = next((rows[:1] for rows in batch.micro_batches if rows), [])
+        return self._processes.broadcast_object(own, source)
+
+    # -- the networks --------------------------------------------------------------------------------------------------
+
+    def _run(self, part: _Pass) -> None:
+        """Log-probs of the samples. The reference comes first: its activations are gone before the policy keeps its."""
+        part.inputs = self._modality.prepare(part.samples)
         with self._precision():
-            reference = self._reference.log_prob(self._modality, self._policy, inputs)
+            part.reference = self._reference.log_prob(self._modality, self._policy, part.inputs, part.samples)
+        part.policy = self._policy_log_prob(part)
+        with torch.no_grad():
+            part.metrics = self._modality.metrics(part.inputs, *self._sides(part))
+
+    def _policy_log_prob(self, part: _Pass) -> LogProbs:
+        self._seed(part.place)
         # A context of its own: autocast keeps the casts of weights, and those made without gradient must not be reused.
         with self._precision():
-            policy = self._modality.log_prob(self._policy, inputs)
-        pair = Pair.split(policy, len(rows))
-        reference_pair = None if reference is None else Pair.split(reference, len(rows))
-        loss, metrics = self._objective(pair, reference_pair)
-        with torch.no_grad():
-            return loss, metrics | self._modality.metrics(inputs, pair, reference_pair), policy, reference
+            return self._modality.log_prob(self._policy, part.inputs)
+
+    @torch.no_grad()
+    def _log_ratios(self, samples: Sequence[Sample], place: int) -> Tensor:
+        """log-ratios of samples that nothing is learned from."""
+        if not samples:
+            return torch.zeros(0, device=self._processes.device)
+        part = _Pass(place, list(samples), False, 0.0)
+        part.inputs = self._modality.prepare(part.samples)
+        with self._precision():
+            reference = self._reference.log_prob(self._modality, self._policy, part.inputs, part.samples)
+        assert reference is not None
+        return self._policy_log_prob(part).sum() - reference.sum()
+
+    def _sides(self, part: _Pass) -> tuple[Pair, Pair | None]:
+        """Chosen and rejected samples where rows are pairs; otherwise all samples as one side."""
+        assert part.policy is not None
+        count = len(part.samples) // 2 if self._objective.row == "pair" else len(part.samples)
+        reference = None if part.reference is None else Pair.split(part.reference, count)
+        return Pair.split(part.policy.detach(), count), reference
 
     def _precision(self) -> torch.autocast:
         dtype = PRECISIONS.get(self._settings.mixed_precision)
         return torch.autocast(self._processes.device.type, dtype, enabled=dtype is not None)
 
-    def _seed(self, position: int, micro_batch: int) -> None:
+    def _seed(self, place: int) -> None:
         """Dropout and the like draw from here: from the seed and the place in the stream alone, not from history."""
-        seed = hash((self._settings.seed, self._geometry.first_slot(position, micro_batch))) % 2**63
+        seed = hash((self._settings.seed, place)) % 2**63
         # Not torch.manual_seed: without a GPU it keeps a stack trace of every call for later.
         torch.default_generator.manual_seed(seed)
         if self._processes.device.type != "cpu":
             torch.get_device_module(self._processes.device).manual_seed(seed)
 
-    def _borrow(self, batch: Step, counts: Tensor) -> Rows:
-        source = int((counts.sum(1) > 0).nonzero()[0])
-        own = next((rows[:1] for rows in batch.micro_batches if rows), [])
-        return self._processes.broadcast_object(own, source)
+    # -- the loss ------------------------------------------------------------------------------------------------------
+
+    def _in_one(self, passes: Sequence[_Pass]) -> bool:
+        """Whether the loss must see more rows at once than a micro-batch of this process has."""
+        return self._objective.whole_batch and (len(passes) > 1 or self._processes.ranks > 1)
+
+    def _by_parts(self, passes: Sequence[_Pass]) -> _Sums:
+        """Backward passes of all micro-batches; returns this process's share of the mean loss and metrics."""
+        sums = _Sums()
+        for part in passes:
+            with gradient_sync(self._policy, part is passes[-1]):
+                self._run(part)
+                assert part.policy is not None
+                labels = Labels.of(part.samples, part.policy.values.device)
+                loss, metrics = self._objective(part.policy, part.reference, labels, part.mismatched)
+                # Processes average their gradients, hence the factor.
+                share = 0.0 if part.borrowed else part.share
+                self.scaler.scale(loss * (share * self._processes.ranks)).backward()
+            sums.add({"loss": loss.detach()} | metrics | part.metrics, share)
+            part.policy = part.policy.detach()
+        return sums
+
+    def _whole(self, passes: Sequence[_Pass]) -> _Sums:
+        """The loss of all rows of all processes at once. With several micro-batches their log-probs are first computed
+        without gradient, and each passes once more to carry its rows of the gradient back."""
+        single, processes = len(passes) == 1, self._processes
+        with gradient_sync(self._policy, single), torch.set_grad_enabled(single):
+            for part in passes:
+                self._run(part)
+        own = [part for part in passes if not part.borrowed]
+        sums = _Sums()
+        gradients = self._population_gradient(own or list(passes), bool(own), sums)
+        for part in passes:
+            sums.add(part.metrics, part.share)
+        row = 0
+        for part in passes:
+            assert part.policy is not None
+            gradient = torch.zeros_like(part.policy.values)
+            if not part.borrowed:
+                rows = gradients[row : row + len(part.samples), : gradient.shape[1]]
+                gradient, row = rows.contiguous(), row + len(part.samples)
+            with gradient_sync(self._policy, part is passes[-1]):
+                policy = part.policy if single else self._policy_log_prob(part)
+                policy.values.backward(self.scaler.scale(gradient * float(processes.ranks)))
+            part.policy = part.policy.detach()
+        return sums
+
+    def _population_gradient(self, own: list[_Pass], counts: bool, sums: _Sums) -> Tensor:
+        """The gradient with respect to the log-probs of this process's samples; loss and metrics go into `sums`."""
+        processes = self._processes
+        parts = [(part.policy, part.reference) for part in own]
+        keep = slice(None) if counts else slice(0, 0)
+        policies = [policy.pick(keep) for policy, _ in parts if policy is not None]
+        anchors = [anchor.pick(keep) for _, anchor in parts if anchor is not None]
+        labels = [Labels.of(part.samples if counts else [], processes.device) for part in own]
+        mismatched = [part.mismatched for part in own if part.mismatched is not None]
+        policy = gather_log_probs(policies, processes)
+        reference = gather_log_probs(anchors, processes) if anchors else None
+        others = gather_rows(torch.cat(mismatched).to(policy.values.dtype), processes) if mismatched else None
+        policy.values.requires_grad_()
+        with torch.enable_grad():
+            loss, metrics = self._objective(policy, reference, gather_labels(labels, processes), others)
+        (gradient,) = torch.autograd.grad(loss, policy.values)
+        # Every process has the same numbers, and they are summed later.
+        sums.add({"loss": loss.detach()} | metrics, 1 / processes.ranks)
+        return gradient[first_row(sum(len(part.values) for part in policies), processes) :]
 
     def _clip(self) -> Tensor:
         """The norm of the whole gradient before clipping, on the device."""
@@ -166,19 +294,26 @@ class Updater:
             self.scaler.update(None if update.skipped is None else self.scaler.get_scale() / 2)
         self._optimizer.zero_grad(set_to_none=True)
 
-    def _explain(self, update: Update, batch: Step, seen: list[tuple[Rows, LogProbs, LogProbs | None]]) -> None:
+    def _explain(self, update: Update, passes: Sequence[_Pass]) -> None:
         """Names the records whose log-probs are not finite; where none is, the gradient itself overflowed."""
-        guilty = [row[0].key for rows, policy, reference in seen for row in _not_finite(rows, policy, reference)]
-        named = [key for keys in self._processes.gather_objects(guilty) for key in keys]
+        own = [part for part in passes if not part.borrowed]
+        guilty = [sample.key for part in own for sample in _not_finite(part)]
+        named = _unique(key for keys in self._processes.gather_objects(guilty) for key in keys)
         if named:
             update.skipped = "log-probs are not finite for the records named here"
         elif self.scaler.is_enabled() and self.scaler.get_scale() > 1:
             update.skipped, update.overflow = "fp16 overflow, the loss scale was halved", True
         else:
             update.skipped = "the loss or its gradient is not finite though every log-prob is; the batch held"
-            own = [row[0].key for rows in batch.micro_batches for row in rows]
-            named = [key for keys in self._processes.gather_objects(own) for key in keys]
+            held = [sample.key for part in own for sample in part.samples]
+            named = _unique(key for keys in self._processes.gather_objects(held) for key in keys)
         update.keys = named[:NAMED_RECORDS] + ([f"{len(named) - NAMED_RECORDS} more"] if named[NAMED_RECORDS:] else [])
+
+
+def _arranged(rows: Rows) -> list[Sample]:
+    """The samples of all rows, desirable ones first, each side in the order of the rows."""
+    samples = [sample for row in rows for sample in row]
+    return sorted(samples, key=lambda sample: sample.desirable is False)
 
 
 def _wide(values: Tensor) -> Tensor:
@@ -186,11 +321,14 @@ def _wide(values: Tensor) -> Tensor:
     return values.float() if values.device.type == "mps" else values.double()
 
 
-def _not_finite(rows: Rows, policy: LogProbs, reference: LogProbs | None) -> Rows:
-    if not rows:
+def _unique(keys: Iterable[str]) -> list[str]:
+    return list(dict.fromkeys(keys))
+
+
+def _not_finite(part: _Pass) -> list[Sample]:
+    if part.policy is None:
         return []
-    finite = policy.sum().isfinite()
-    if reference is not None:
-        finite = finite & reference.sum().isfinite()
-    # Chosen samples of all rows, then the rejected ones.
-    return [row for row, fine in zip(rows, finite.view(-1, len(rows)).all(0).tolist(), strict=True) if not fine]
+    finite = part.policy.sum().isfinite()
+    if part.reference is not None:
+        finite = finite & part.reference.sum().isfinite()
+    return [sample for sample, fine in zip(part.samples, finite.tolist(), strict=True) if not fine]
