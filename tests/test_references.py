@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import itertools
 import math
 import random
 from collections import Counter
@@ -19,17 +17,15 @@ import mmalign
 from mmalign.config import build, load, to_yaml
 from mmalign.core.merging import average
 from mmalign.core.objectives import bind_objective
-from mmalign.core.reference import Cached, Ema, FrozenCopy, Pool, Reference, Soup
+from mmalign.core.reference import Ema, FrozenCopy, Pool, Reference, Soup
 from mmalign.core.types import Sample
-from mmalign.data import Candidate, DataSettings, Manifest, Record, RecordStream, ShardWriter, preference_pair
 from mmalign.jobs import references, train
 from mmalign.jobs.references import ReferenceSettings
 from mmalign.modalities import tiny
 from mmalign.training import TIMING, TrainingSettings, launch, read_rows
-from mmalign.training import train as run_loop
 from mmalign.training.checkpoint import Snapshots
 from tests import data_sets
-from tests.tiny_modality import LENGTH, TinyInputs, TinyModality, TinyNetwork, run, write_pairs
+from tests.tiny_modality import TinyInputs, TinyModality, TinyNetwork, run, write_pairs
 
 SETTINGS = TrainingSettings(max_steps=6, batch_size=8, micro_batch_size=4, learning_rate=1e-2, trackers=())
 Weights = dict[str, Tensor]
@@ -256,97 +252,6 @@ def test_a_soup_of_other_networks_names_the_first_tensor_that_does_not_fit() -> 
         average([small, small], [1.0, -0.5])
 
 
-# -- log-probs in the shards -------------------------------------------------------------------------------------------
-
-
-def fingerprint(network: nn.Module) -> dict[str, Any]:
-    digest = hashlib.sha256(b"".join(weight.detach().numpy().tobytes() for weight in network.state_dict().values()))
-    return {"network": digest.hexdigest(), "length": LENGTH}
-
-
-def columns(inputs: TinyInputs) -> int:
-    return inputs.digits.shape[1]
-
-
-def stored_pairs(pairs: Path, folder: Path, network: nn.Module) -> Path:
-    """The same pairs with the log-probs of `network`, each as long as its text."""
-    from mmalign.data import read_shard
-
-    manifest, modality = Manifest.read(str(pairs)), TinyModality()
-    with ShardWriter(folder, records_per_shard=24, encoder={"reference": fingerprint(network)}) as writer:
-        for record in itertools.chain.from_iterable(read_shard(shard, frozenset()) for shard in manifest.shards):
-            assert isinstance(record, Record)
-            candidates = []
-            for one in record.candidates:
-                rows = [Sample(record.key, record.prompt, group=0, draw=0, text=one.text)]
-                with torch.no_grad():
-                    found = modality.log_prob(network, modality.prepare(rows))
-                length = len(one.text or "")
-                tensors = {"reference_values": found.values[0, :length], "reference_weight": found.weight[0, :length]}
-                candidates.append(Candidate(text=one.text, tensors=tensors))
-            writer.write(dataclasses.replace(record, candidates=candidates, shard=""))
-    return folder
-
-
-def test_stored_log_probs_give_the_curve_of_a_frozen_copy(pairs: Path, tmp_path: Path) -> None:
-    """Through shards, stream and collate; also where reading is left to worker processes."""
-    network = TinyNetwork()
-    shards = stored_pairs(pairs, tmp_path / "stored", network)
-    manifest = Manifest.read(str(shards))
-    for name, workers, reference in (
-        ("copy", 0, FrozenCopy(network)),
-        ("cached", 0, Cached(manifest.encoder, fingerprint(network), columns)),
-        ("workers", 1, Cached(manifest.encoder, fingerprint(network), columns)),
-    ):
-        settings = DataSettings(shards=str(shards), workers=workers)
-        stream = RecordStream(manifest, settings, 0, frozenset({"latent"}), preference_pair)
-        bound = bind_objective({"name": "dpo"})
-        run_loop(TinyModality(), TinyNetwork(), reference, bound, stream, SETTINGS, tmp_path / name)
-    for other in ("cached", "workers"):
-        for row, twin in zip(curve(tmp_path / "copy"), curve(tmp_path / other), strict=True):
-            assert row == pytest.approx(twin, abs=1e-5)
-    assert curve(tmp_path / "copy")[5]["loss"] < 0.68
-
-
-def test_stored_rows_are_padded_with_actions_that_do_not_count() -> None:
-    tensors = {"reference_values": torch.tensor([-1.0, -2.0]).half(), "reference_weight": torch.ones(2)}
-    sample = Sample("a", "1", group=0, draw=0, text="12", tensors=tensors)
-    network = TinyNetwork()
-    cached = Cached({"reference": fingerprint(network)}, fingerprint(network), columns)
-    found = cached.log_prob(TinyModality(), network, TinyModality().prepare([sample]), [sample])
-    assert found.values.tolist() == [[-1.0, -2.0, 0.0, 0.0, 0.0, 0.0]]
-    assert found.weight.tolist() == [[1.0, 1.0, 0.0, 0.0, 0.0, 0.0]]
-    assert found.values.dtype == torch.float32
-
-
-@pytest.mark.parametrize(
-    ("tensors", "message"),
-    [
-        ({}, "record a has no stored reference_values"),
-        ({"reference_values": torch.zeros(7), "reference_weight": torch.ones(7)}, r"\(7,\), but there are 6 actions"),
-        ({"reference_values": torch.zeros(1, 2)}, r"\(1, 2\), but there are 6 actions"),
-    ],
-)
-def test_stored_rows_that_cannot_be_used(tensors: Weights, message: str) -> None:
-    sample = Sample("a", "1", group=0, draw=0, text="12", tensors=tensors)
-    cached = Cached({"reference": {}}, {}, columns)
-    with pytest.raises(ValueError, match=message):
-        cached.log_prob(TinyModality(), TinyNetwork(), TinyModality().prepare([sample]), [sample])
-
-
-def test_stored_log_probs_of_something_else_are_refused(pairs: Path, tmp_path: Path) -> None:
-    known = fingerprint(TinyNetwork())
-    for encoder in (None, {"kind": "vae_posterior"}):
-        with pytest.raises(ValueError, match="these shards hold no reference log-probs"):
-            Cached(encoder, known, columns)
-    with pytest.raises(ValueError, match="stale: their network is '[0-9a-f]{64}', now it is"):
-        Cached({"reference": fingerprint(TinyNetwork(seed=1))}, known, columns)
-    with pytest.raises(ValueError, match="stale: their length is 6, now it is 8"):
-        Cached({"reference": known}, {**known, "length": 8}, columns)
-    with pytest.raises(ValueError, match="kto pairs answers with the prompts of other records"):
-        run(pairs, tmp_path, SETTINGS, objective="kto", reference=Cached({"reference": known}, known, columns))
-
-
 # -- the config --------------------------------------------------------------------------------------------------------
 
 
@@ -393,8 +298,8 @@ def test_every_kind_trains_a_diffusion_model_from_a_config(tmp_path: Path) -> No
         losses[kind] = [row["loss"] for row in curve(tmp_path / kind)]
         assert (result.checkpoint / "reference.safetensors").is_file() == (kind in ("ema", "pool"))
     assert all(losses[kind][0] == pytest.approx(math.log(2), abs=1e-5) for kind in ("copy", "ema", "pool"))
-    assert losses["ema"][1] == pytest.approx(losses["copy"][1])
-    assert losses["ema"][2] != pytest.approx(losses["copy"][2], abs=1e-6)
+    # The average has gone half of the way that the policy went, so that half of the log-ratio is left.
+    assert losses["copy"][1] < losses["ema"][1] < math.log(2)
     assert abs(losses["soup"][0] - math.log(2)) > 1e-3
     assert len(list((tmp_path / "pool" / "pool").iterdir())) == 4
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import mmalign
 from mmalign.training import TIMING, TrainingSettings, distributed, read_rows
@@ -27,11 +28,15 @@ LORA = {"lora": {"rank": 2}}
 TRAININGS: dict[str, dict[str, dict[str, Any]]] = {
     "ddp": {"training": {"sharding": "ddp"}},
     "fsdp2": {"training": {"sharding": "fsdp2"}},
-    "lora-ddp": {"model": LORA, "training": {"sharding": "ddp"}},
     "lora-fsdp2": {"model": LORA, "training": {"sharding": "fsdp2"}},
-    "lora-bf16-fsdp2": {"model": LORA, "training": {"sharding": "fsdp2", "mixed_precision": "bf16"}},
+    "lora-bf16-fsdp2": {
+        "model": LORA,
+        "training": {"sharding": "fsdp2", "mixed_precision": "bf16"},
+        "objective": {"beta": 50.0},
+    },
 }
-# The order of sums differs between processes and micro-batches; bf16 keeps 8 bits of them.
+# Sums come in another order. In bf16 the gradients of so small a network, differences of a pair's two, are some 20% off
+# those in fp32, and 5% apart with another order; at a beta of 50 the losses then stay this close.
 TOLERANCE = {"lora-bf16-fsdp2": 2e-2}
 
 
@@ -76,13 +81,12 @@ def two_processes(inputs: dict[str, Any], tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.fixture(scope="module")
-def one_process(inputs: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
-    """The losses of one process with the same global batch; sharding has no meaning there."""
-    folder, found = tmp_path_factory.mktemp("one"), {}
-    for name in ("ddp", "lora-ddp", "lora-bf16-fsdp2"):
+def one_process(inputs: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same trainings with the same global batch in one process, where sharding means nothing."""
+    folder = tmp_path_factory.mktemp("one")
+    for name in ("fsdp2", "lora-fsdp2", "lora-bf16-fsdp2"):
         mmalign.train({**changed(inputs, TRAININGS[name]), "output": str(folder / name)})
-        found[name] = losses(folder / name)
-    return found | {"fsdp2": found["ddp"], "lora-fsdp2": found["lora-ddp"]}
+    return folder
 
 
 def losses(folder: Path) -> list[float]:
@@ -90,9 +94,9 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("name", list(TRAININGS))
-def test_a_unet_on_two_processes_gives_the_losses_of_one(two_processes: Any, one_process: Any, name: str) -> None:
+def test_a_unet_on_two_processes_gives_the_losses_of_one(two_processes: Any, one_process: Path, name: str) -> None:
     found = losses(two_processes[0] / name)
-    assert found == pytest.approx(one_process[name], abs=TOLERANCE.get(name, 1e-5))
+    assert found == pytest.approx(losses(one_process / {"ddp": "fsdp2"}.get(name, name)), abs=TOLERANCE.get(name, 1e-5))
     assert found[0] == pytest.approx(math.log(2), abs=1e-6)
     assert abs(found[-1] - found[0]) > 1e-4
 
@@ -100,21 +104,18 @@ def test_a_unet_on_two_processes_gives_the_losses_of_one(two_processes: Any, one
 def test_a_sharded_unet_is_held_in_halves(two_processes: Any) -> None:
     """Uneven parameters are padded to the larger half, hence a little more than 1/2."""
     held = two_processes[1]["held"]
-    assert len(held) == 3
+    assert len(held) == len(TRAININGS) - 1
     assert max(held) < 0.6
 
 
-def test_the_adapter_of_a_sharded_bf16_base_is_written_whole(two_processes: Any) -> None:
-    from safetensors.torch import load_file
-
+def test_the_adapter_of_a_sharded_bf16_base_is_written_whole(two_processes: Any, one_process: Path) -> None:
     sharded, plain = (
-        load_file(two_processes[0] / name / "model" / "pytorch_lora_weights.safetensors")
-        for name in ("lora-bf16-fsdp2", "lora-ddp")
+        load_file(folder / "lora-bf16-fsdp2" / "model" / "pytorch_lora_weights.safetensors")
+        for folder in (two_processes[0], one_process)
     )
-    assert {name: weight.shape for name, weight in sharded.items()} == {
-        name: weight.shape for name, weight in plain.items()
-    }
-    assert any(weight.abs().max() > 0 for name, weight in sharded.items() if "lora.up" in name or "lora_B" in name)
+    shapes = {name: weight.shape for name, weight in sharded.items()}
+    assert shapes == {name: weight.shape for name, weight in plain.items()}
+    assert all(weight.abs().max() > 0 for weight in sharded.values())
 
 
 def test_the_process_group_is_left_at_the_end(two_processes: Any) -> None:
