@@ -8,6 +8,7 @@ it would patch the policy's forward pass alone, and policy and reference must sh
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -95,9 +96,12 @@ def wrap(network: nn.Module, sharding: str, processes: Processes) -> nn.Module:
     if sharding == "fsdp2":
         return shard(network)
     device_ids = None if processes.device.type == "cpu" else [processes.device.index]
-    return DistributedDataParallel(
-        network, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    with warnings.catch_warnings():
+        # Newer versions of torch have another name for `broadcast_buffers`, which older ones do not know.
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(
+            network, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
 
 
 def shard(network: nn.Module) -> nn.Module:

@@ -58,7 +58,8 @@ class Health:
             name = "ln 2" if abs(expected - LN_2) < 1e-9 else "its value for equal models"
             self.findings.append(
                 f"step 0: the loss is {loss:.6f}, not {expected:.6f} ({name}). Before the first update policy "
-                "and reference should agree: look for another reference model, dropout, or different precision"
+                "and reference should agree: look for another reference model, dropout, or different precision "
+                "(records with a weight move it too)"
             )
         if grad_norm == 0:
             self.findings.append("step 0: the gradient is exactly 0, so nothing is being learned (check model.lora)")

@@ -159,12 +159,12 @@ class BoundObjective:
         return total, metrics
 
     def at_equality(self) -> float | None:
-        """The loss where policy and reference agree, e.g. ln 2 for dpo: what step 0 must show. None where it depends on
-        the samples."""
+        """The loss where policy and reference agree, e.g. ln 2 for dpo: what step 0 must show for records of weight 1.
+        None where it depends on the samples."""
         if not self.needs_reference:
             return None
         probe = BoundObjective([replace(term, rewards=RunningMean()) for term in self.terms])
-        found = [float(probe(rows, rows, labels)[0]) for rows, labels in _probes(self.row)]
+        found = [float(probe(rows, rows, labels)[0]) for rows, labels in _probes(self.row, self.roll == "negatives")]
         return found[0] if all(math.isclose(value, found[0], rel_tol=1e-12) for value in found) else None
 
     def state_dict(self) -> dict[str, Any]:
@@ -200,7 +200,7 @@ def bind_objective(section: Mapping[str, Any] | Sequence[Any]) -> BoundObjective
     if not sections or not all(isinstance(item, Mapping) for item in sections):
         raise ValueError(f"objective is {section!r}; expected name: dpo and its parameters, or a list of such sections")
     objective = BoundObjective([_term(item) for item in sections])
-    for rows, labels in _probes(objective.row):
+    for rows, labels in _probes(objective.row, objective.roll == "negatives"):
         objective(rows, rows, labels)
     objective.load_state_dict({"rewards": [[0.0, 0]] * len(objective.terms)})
     return objective
@@ -274,21 +274,29 @@ def _row(terms: Sequence[Term]) -> Row:
     return "pair" if "paired" in families else "labelled"
 
 
-def _probes(row: Row) -> list[tuple[LogProbs, Labels]]:
-    """Made-up rows, on which the parameters are tried before anything is loaded."""
-    found = []
-    for values, weights, scores in (((-1.0, -2.0), (1.0, 1.0), (1.0, 0.0)), ((-0.5, -3.0), (1.0, 1.0), (2.0, 0.5))):
-        count = 1 if row == "liked" else 2
-        rows = torch.tensor(values, dtype=torch.float64)[:count, None]
-        labels = Labels(
-            desirable=torch.tensor([True, False])[:count],
-            score=torch.tensor(scores)[:count],
-            group=torch.zeros(count, dtype=torch.int64),
-            weight=torch.tensor(weights)[:count],
-            consistency=torch.tensor(weights)[:count],
-        )
-        found.append((LogProbs(rows, torch.ones_like(rows)), labels))
-    return found
+def _probes(row: Row, rolled: bool) -> list[tuple[LogProbs, Labels]]:
+    """Made-up rows, on which the parameters are tried before anything is loaded; the second have other log-probs and,
+    where the records leave that open, another mix of labels and longer lists."""
+    shapes: dict[Row, tuple[tuple[bool, ...], tuple[bool, ...]]] = {
+        "pair": ((True, False), (True, True, False, False)),
+        "liked": ((True, False), (True, True, False, True)) if rolled else ((True,), (True, True)),
+        "labelled": ((True, False), (True, False, False)),
+        "ranked": ((True, True), (True, True, True)),
+    }
+    return [_probe(desirable, shift) for desirable, shift in zip(shapes[row], (0.0, 0.5), strict=True)]
+
+
+def _probe(desirable: Sequence[bool], shift: float) -> tuple[LogProbs, Labels]:
+    count = len(desirable)
+    rows = -shift - torch.arange(1, count + 1, dtype=torch.float64)[:, None]
+    labels = Labels(
+        desirable=torch.tensor(desirable),
+        score=torch.arange(count, 0, -1, dtype=torch.float32),
+        group=torch.zeros(count, dtype=torch.int64),
+        weight=torch.ones(count),
+        consistency=torch.ones(count),
+    )
+    return LogProbs(rows, torch.ones_like(rows)), labels
 
 
 def _typed(key: str, value: Any, expected: type) -> Any:

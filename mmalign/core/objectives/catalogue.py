@@ -54,7 +54,8 @@ def entry(name: str, family: str) -> Entry:
         for key, item in inspect.signature(function).parameters.items()
         if item.kind is inspect.Parameter.KEYWORD_ONLY
     }
-    feedback, reference = FEEDBACK["rollout"], "reference" in inspect.signature(function).parameters
+    # Policy gradients take a reference for their KL term, and do without.
+    feedback, reference = FEEDBACK["rollout"], False
     if family in FAMILIES:
         bound = bind_objective({"name": name})
         parameters |= bound.terms[0].feed
