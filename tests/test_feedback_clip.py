@@ -1,6 +1,7 @@
 """CLIP scores, on a real and very small CLIP built from a config and saved to a file."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,12 +19,10 @@ SIZES = {
 }
 
 
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory):
-    """(weights, architecture): the paths of a safetensors file and of a model config."""
+def write_clip(folder: Path) -> tuple[Path, str]:
+    """(weights, architecture): the paths of a safetensors file, with its twin in torch's format, and a model config."""
     import open_clip
 
-    folder = tmp_path_factory.mktemp("clip")
     config = folder / "tiny-clip.json"
     config.write_text(json.dumps(SIZES))
     open_clip.add_model_config(config)
@@ -32,6 +31,11 @@ def clip(tmp_path_factory):
     save_file(model.state_dict(), folder / "weights.safetensors")
     torch.save(model.state_dict(), folder / "weights.pt")
     return folder / "weights.safetensors", str(config)
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return write_clip(tmp_path_factory.mktemp("clip"))
 
 
 def sample(number: int, prompt: Any = "a red circle", image: str = "made") -> Sample:

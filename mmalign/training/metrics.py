@@ -91,7 +91,7 @@ class TensorBoard:
     """All numbers of a row in one event. An event for each, as `add_scalar` writes them, costs ten times as much."""
 
     def __init__(self, folder: Path):
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
         from torch.utils.tensorboard import SummaryWriter
 
         self._summary = Summary
