@@ -1,4 +1,4 @@
-"""`mmalign evaluate` from models to the page: labels, diversity, prompts that CLIP cuts, and what is drawn once only."""
+"""`mmalign evaluate` from models to the page: labels, diversity, prompts that CLIP cuts, nothing drawn twice."""
 
 from __future__ import annotations
 
