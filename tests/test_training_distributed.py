@@ -5,10 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +13,9 @@ import pytest
 from mmalign.data import DataSettings, Geometry, Manifest, RecordStream, preference_pair
 from mmalign.training import TIMING, TrainingSettings, read_rows
 from tests.tiny_modality import TinyNetwork, run, write_pairs
+from tests.two_processes import run_on_two
 
 SETTINGS = TrainingSettings(max_steps=6, batch_size=8, micro_batch_size=2, learning_rate=1e-2, trackers=())
-ROOT = Path(__file__).parents[1]
 # So many that a micro-batch is often empty on one process only, which must not wait for the other forever.
 BAD = [index for index in range(96) if index % 5 < 3]
 # References that follow the policy, or have weights of their own: each under DDP and FSDP2.
@@ -51,20 +47,8 @@ def two_processes(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
         training(pairs, folder / "returned", {"reference": "uniform"}, sharding="fsdp2", max_steps=5),
         training(pairs, folder / "returned", {"reference": "uniform", "resume": "latest"}),
     ]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-        + ["-m", "tests.tiny_modality", *trainings],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder, [json.loads(line) for line in done.stdout.splitlines()]
+    printed = run_on_two("tests.tiny_modality", *trainings)
+    return folder, [json.loads(line) for line in printed.splitlines()]
 
 
 def training(pairs: Path, folder: Path, options: dict[str, Any] | None = None, **changed: Any) -> str:

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +16,10 @@ from mmalign.training import TIMING, TrainingSettings, read_rows
 from mmalign.training.distributed import Processes
 from mmalign.training.roll import mismatched, rolled_prompts, with_negatives
 from tests.tiny_modality import TinyNetwork, run, write_pairs
+from tests.two_processes import run_on_two
 
 SETTINGS = TrainingSettings(max_steps=4, batch_size=8, micro_batch_size=8, learning_rate=1e-2, trackers=())
 ALONE = Processes(0, 1, torch.device("cpu"))
-ROOT = Path(__file__).parents[1]
 BAD = [index for index in range(96) if index % 5 < 2]
 OBJECTIVES: dict[str, Any] = {
     "aot": {"name": "aot"},
@@ -101,19 +97,7 @@ def two_processes(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         json.dumps({**options, "folder": str(folder / name), "objective": section, "settings": settings})
         for name, section in OBJECTIVES.items()
     ]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-        + ["-m", "tests.tiny_modality", *trainings],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_on_two("tests.tiny_modality", *trainings)
     return folder
 
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import signal
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,8 +18,8 @@ import mmalign
 from mmalign.training import TIMING, TrainingSettings, distributed, read_rows
 from tests import tiny_diffusion
 from tests.tiny_modality import TinyNetwork, run, write_pairs
+from tests.two_processes import ROOT, environment, torchrun
 
-ROOT = Path(__file__).parents[1]
 LORA = {"lora": {"rank": 2}}
 # name -> what differs from the plain training of all weights
 TRAININGS: dict[str, dict[str, dict[str, Any]]] = {
@@ -38,18 +35,6 @@ TRAININGS: dict[str, dict[str, dict[str, Any]]] = {
 # Sums come in another order. In bf16 the gradients of so small a network, differences of a pair's two, are some 20% off
 # those in fp32, and 5% apart with another order; at a beta of 50 the losses then stay this close.
 TOLERANCE = {"lora-bf16-fsdp2": 2e-2}
-
-
-def torchrun(*words: str) -> list[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
-    return [*launcher, "-m", *words]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def changed(config: dict[str, Any], changes: dict[str, dict[str, Any]]) -> dict[str, Any]:
