@@ -1,9 +1,9 @@
 """The whole journey on the embedded world, without network: candidates, pairs, training, evaluation, report.
 
-    mmalign demo diffusion             one training seed, 256 held-out prompts; some seven minutes on two cores
+    mmalign demo diffusion             one training seed, 256 held-out prompts; some eight minutes on two busy cores
     mmalign demo diffusion --quick     the same at a small size, one minute; shows that it works, proves little
     mmalign demo diffusion --full      three seeds, 1,024 prompts, plain fine-tuning beside it: the README's table
-    mmalign demo objectives            one objective beside the other, three seeds each, the same budget; under an hour
+    mmalign demo objectives            one objective beside the other, three seeds each, the same budget
 
 A genuine StableDiffusionPipeline draws candidates, the oracle prefers the best of each prompt to the worst, the pairs
 become latents, Diffusion-DPO (or another objective) trains the UNet, and base and aligned models answer the same
