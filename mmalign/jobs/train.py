@@ -74,6 +74,7 @@ def run(settings: Settings) -> TrainingResult:
         optimizer=settings.training.optimizer,
         frozen_copy=references.holds_a_network(kind, settings.model),
         seed=settings.training.seed,
+        ranks=processes.ranks if settings.training.sharding == "fsdp2" else 1,
     )
     if from_latents:
         modality.check_fingerprint(manifest.encoder)
