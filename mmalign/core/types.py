@@ -41,6 +41,17 @@ class Sample:
     score: float | None = None
     # numbers of the record that an objective may ask for: weight, consistency
     numbers: Mapping[str, float] = field(default_factory=dict)
+    # what is known of parts of `text`: {"start", "end", "object", "attribute", "relation"}, in characters; a label is
+    # 1 (hallucinated), 0 (fine) or -1 (the part states nothing of this kind)
+    segments: Sequence[Mapping[str, Any]] = ()
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model is asked: words, or chat messages, and the pictures that they speak of."""
+
+    text: Any
+    images: tuple[Image, ...] = ()
 
 
 @dataclass(frozen=True)

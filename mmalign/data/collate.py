@@ -136,6 +136,7 @@ def _sample(
         desirable=desirable,
         score=candidate.score if score is None and candidate else score,
         numbers=_numbers(record),
+        segments=tuple(candidate.segments) if candidate else (),
     )
 
 
