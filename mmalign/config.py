@@ -32,15 +32,53 @@ def load(schema: type[Settings], path: str | Path | None = None, overrides: Sequ
     return build(schema, values)
 
 
-def build(schema: type[Settings], values: Mapping[str, Any]) -> Settings:
-    """`schema`, a (nested) dataclass, from plain values. Raises ValueError naming every wrong key."""
-    problems = _unknown_keys(schema, values)
+def build(schema: type[Settings], values: Mapping[str, Any], prefix: str = "") -> Settings:
+    """`schema`, a (nested) dataclass, from plain values. Raises ValueError naming every wrong key, after `prefix`."""
+    problems = _unknown_keys(schema, values, prefix)
     if problems:
         raise ValueError("\n".join(problems))
     try:
-        return TypeAdapter(schema).validate_python(dict(values))
+        return TypeAdapter(schema).validate_python(dict(values) | _chosen(schema, values, prefix))
     except ValidationError as error:
-        raise ValueError("\n".join(_explain(detail) for detail in error.errors())) from None
+        raise ValueError("\n".join(prefix + _explain(detail) for detail in error.errors())) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """For `Annotated[A | B, Choice({"a": A, "b": B})]`: a section whose keys depend on its `kind`, the first one where
+    none is given. With `of`, the kind of another section decides."""
+
+    options: Mapping[str, Any]
+    of: str | None = None
+
+    def pick(self, name: str, values: Mapping[str, Any]) -> Any:
+        """The dataclass of section `name` among `values`. Raises ValueError for a kind that does not exist."""
+        section = values.get(self.of or name)
+        kind = section.get("kind") if isinstance(section, Mapping) else getattr(section, "kind", None)
+        if kind is None:
+            kind = next(iter(self.options))
+        if kind not in self.options:
+            raise ValueError(f"{self.of or name}.kind is {kind!r}; expected one of {', '.join(self.options)}")
+        return self.options[kind]
+
+
+def _choices(schema: Any) -> dict[str, Choice]:
+    hints = typing.get_type_hints(schema, include_extras=True)
+    found = {
+        name: [part for part in getattr(hint, "__metadata__", ()) if isinstance(part, Choice)]
+        for name, hint in hints.items()
+    }
+    return {name: parts[0] for name, parts in found.items() if parts}
+
+
+def _chosen(schema: Any, values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The sections whose keys depend on a kind, built."""
+    built = {}
+    for name, choice in _choices(schema).items():
+        section = {} if values.get(name) is None else values[name]
+        option = choice.pick(name, values)
+        built[name] = build(option, section, f"{prefix}{name}.") if isinstance(section, Mapping) else section
+    return built
 
 
 def short_form(key: str) -> BeforeValidator:
@@ -92,12 +130,13 @@ def _unknown_keys(schema: Any, values: Any, prefix: str = "") -> list[str]:
         return [one for place, item in enumerate(values) for one in _unknown_keys(part, item, f"{prefix}{place}.")]
     if nested is None or not isinstance(values, Mapping):
         return []
-    hints = typing.get_type_hints(nested)
+    hints, choices = typing.get_type_hints(nested), _choices(nested)
     names = [field.name for field in dataclasses.fields(nested)]
     problems = []
     for key, value in values.items():
         if key in names:
-            problems += _unknown_keys(hints[key], value, f"{prefix}{key}.")
+            hint = choices[key].pick(key, values) if key in choices else hints[key]
+            problems += _unknown_keys(hint, value, f"{prefix}{key}.")
             continue
         nearest = difflib.get_close_matches(str(key), names, n=1, cutoff=0.5)
         hint = f"did you mean {prefix}{nearest[0]}?" if nearest else f"expected one of {', '.join(names)}"
@@ -123,11 +162,14 @@ def _explain(detail: Any) -> str:
 
 def describe(schema: Any, indent: str = "  ") -> str:
     """Every key of `schema` with its default, under the comment that its dataclass gives it; nested keys indented."""
-    hints = typing.get_type_hints(schema)
+    hints, choices = typing.get_type_hints(schema), _choices(schema)
     comments = _comments(schema)
     lines = []
     for field in dataclasses.fields(schema):
         lines += [f"{indent}# {comment}" for comment in comments.get(field.name, [])]
+        if field.name in choices:
+            lines += _describe_choice(field.name, choices[field.name], indent)
+            continue
         nested = _dataclass_of(hints[field.name])
         default = _default(field)
         if nested is None or default is None:
@@ -137,6 +179,15 @@ def describe(schema: Any, indent: str = "  ") -> str:
         if nested is not None:
             lines.append(describe(nested, indent + "  "))
     return "\n".join(lines)
+
+
+def _describe_choice(name: str, choice: Choice, indent: str) -> list[str]:
+    """The section once for each kind."""
+    return [
+        line
+        for kind, option in choice.options.items()
+        for line in (f"{indent}{name}:  # with {choice.of or name}.kind: {kind}", describe(option, indent + "  "))
+    ]
 
 
 def _default(field: Any) -> Any:

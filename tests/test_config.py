@@ -1,11 +1,11 @@
 """Configs are strict, and their errors name the key to change."""
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 import pytest
 
-from mmalign.config import build, describe, load, short_form, to_dict, to_yaml
+from mmalign.config import Choice, build, describe, load, short_form, to_dict, to_yaml
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,3 +102,64 @@ def test_description_shows_comments_and_defaults():
     assert "# after warm-up" in text
     assert "learning_rate: 0.0001" in text
     assert "rank: 8" in text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gas:
+    kind: Literal["gas"] = "gas"
+    flames: int = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Electric:
+    kind: Literal["electric"] = "electric"
+    watts: int = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Match:
+    length: int = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Switch:
+    timer: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class House:
+    stove: Annotated[Gas | Electric, Choice({"gas": Gas, "electric": Electric})] = field(default_factory=Gas)
+    starter: Annotated[Match | Switch, Choice({"gas": Match, "electric": Switch}, of="stove")] = field(
+        default_factory=Match
+    )
+
+
+def test_the_keys_of_a_section_depend_on_its_kind():
+    assert build(House, {}) == House()
+    assert build(House, {"starter": {"length": 7}}) == House(starter=Match(length=7))
+    electric = House(stove=Electric(watts=3), starter=Switch())
+    assert build(House, {"stove": {"kind": "electric", "watts": 3}}) == electric
+    assert build(House, {"stove": Electric(watts=3)}) == electric
+    assert build(House, to_dict(electric)) == electric
+    assert load(House, None, ["stove.kind=electric", "starter.timer=true"]).starter == Switch(timer=True)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"stove": {"kind": "wood"}}, r"stove\.kind is 'wood'; expected one of gas, electric"),
+        ({"stove": {"watts": 3}}, r"unknown key stove\.watts"),
+        ({"stove": {"kind": "electric", "wats": 3}}, r"did you mean stove\.watts\?"),
+        ({"stove": {"kind": "electric"}, "starter": {"length": 3}}, r"unknown key starter\.length: .*timer"),
+        ({"stove": {"kind": "electric", "watts": "many"}}, r"stove\.watts is 'many'"),
+    ],
+)
+def test_errors_name_keys_of_the_kind_that_was_chosen(values, message):
+    with pytest.raises(ValueError, match=message):
+        build(House, values)
+
+
+def test_every_kind_is_described():
+    text = describe(House)
+    assert text.index("kind: gas") < text.index("flames: 4") < text.index("kind: electric") < text.index("watts: 2000")
+    assert "with stove.kind: electric" in text

@@ -46,6 +46,17 @@ class Sample:
     segments: Sequence[Mapping[str, Any]] = ()
 
 
+class Unusable(ValueError):
+    """A sample that a modality cannot use, though its record was read without an error. `kind` is the word that it is
+    counted under, `key` the record's where it is known: the loop leaves the record out on every process."""
+
+    def __init__(self, kind: str, message: str, key: str | None = None):
+        super().__init__(message if key is None else f"record {key}: {message}")
+        self.kind = kind
+        self.message = message
+        self.key = key
+
+
 @dataclass(frozen=True)
 class Prompt:
     """What a model is asked: words, or chat messages, and the pictures that they speak of."""
