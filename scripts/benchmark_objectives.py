@@ -19,7 +19,7 @@ from mmalign.core.labels import Labels
 from mmalign.core.objectives import FAMILIES, bind_objective
 from mmalign.core.reference import FrozenCopy
 from mmalign.core.types import LogProbs, Sample
-from mmalign.jobs.sources import with_shipped_model
+from mmalign.jobs.models import with_shipped_model
 from mmalign.modalities.diffusion import DiffusionSettings, load
 
 PAIRS = 24

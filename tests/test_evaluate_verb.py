@@ -11,7 +11,7 @@ import pytest
 import mmalign
 from mmalign.config import build
 from mmalign.data import Manifest, Record, read_shard
-from mmalign.jobs import evaluate, generate
+from mmalign.jobs import evaluate, models
 from mmalign.modalities import tiny
 from tests.evaluate_runs import known
 from tests.test_feedback_clip import write_clip
@@ -69,7 +69,7 @@ def test_the_page_shows_labels_diversity_and_cut_prompts(settings, rows):
 
 
 def test_a_second_call_draws_and_loads_nothing(settings, rows, monkeypatch):
-    monkeypatch.setattr(generate, "load", lambda *given, **named: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(models, "load", lambda *given, **named: pytest.fail("a model was loaded"))
     assert mmalign.evaluate(settings) == rows
 
 

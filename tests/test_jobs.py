@@ -10,7 +10,7 @@ import torch
 
 import mmalign
 from mmalign.data import Candidate, Manifest, Record, ShardWriter
-from mmalign.jobs import generate, judge
+from mmalign.jobs import generate, judge, models
 from mmalign.jobs.shards import by_name, remaining
 from mmalign.jobs.sources import device_of
 from mmalign.modalities import tiny
@@ -53,13 +53,13 @@ def drawing(model: Path, folder: Path, *prompts: str) -> dict[str, Any]:
 
 
 def test_generate_loads_its_model_only_for_shards_that_are_missing(model, tmp_path, monkeypatch):
-    loads, load = [], generate.load
+    loads, load = [], models.load
 
     def counted(*given: Any, **named: Any) -> Any:
         loads.append(given)
         return load(*given, **named)
 
-    monkeypatch.setattr(generate, "load", counted)
+    monkeypatch.setattr(models, "load", counted)
     settings = drawing(model, tmp_path, "a fox", "a hare", "an owl")
     folder = mmalign.generate(settings)
     drawn = contents(folder)

@@ -226,7 +226,7 @@ def test_greedy_keeps_what_does_not_lower_the_metric() -> None:
 
 def test_greedy_leaves_out_a_model_that_draws_noise(tmp_path: Path) -> None:
     """The model that ships with mmalign, and the same with its weights spoilt: their average is spoilt too."""
-    from mmalign.jobs.sources import ASSETS
+    from mmalign.jobs.models import ASSETS
 
     world = str(ASSETS / "diffusion")
     spoilt = {name: tensor + torch.randn_like(tensor) for name, tensor in load_network(world).state_dict().items()}

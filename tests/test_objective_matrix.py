@@ -22,7 +22,7 @@ from tests.test_modality_contract import MODALITIES, PAIRS, Case
 
 STEPS, LEARNING_RATE = 3, 1e-3
 # One fixture per modality: its variants share their log-probs.
-MATRIX = {"diffusion": MODALITIES["sd-epsilon"]}
+MATRIX = {"diffusion": MODALITIES["sd-epsilon"], "lvlm": MODALITIES["llava"]}
 OFFLINE = [name for table in FAMILIES.values() for name in table]
 # What is asked of a policy: its chosen samples gain on the rejected ones, or one side alone moves.
 RISES = {*CHOSEN_ONLY, "best_of_n"}
@@ -30,7 +30,6 @@ FALLS = {"npo"}
 # Terms of plain likelihood move both samples alike; here the preference must show. With its default tau, discopop
 # starts the wrong way: at z = 0 its slope is (1 - ln 2)/(4 tau) - 3/4.
 SETTINGS: dict[str, dict[str, Any]] = {
-    "ipo": {"beta": 1.0},  # a target of 1/2, which three steps do not overshoot
     "discopop": {"tau": 0.5},
     "orpo": {"penalty": 100.0},
     "asft": {"penalty": 100.0},
@@ -48,7 +47,8 @@ def case(request, tmp_path_factory) -> Case:
 def settings_of(function: Callable, case: Case, name: str) -> dict[str, Any]:
     """The defaults, with the beta that suits the modality's units."""
     names = inspect.signature(function).parameters
-    return ({"beta": case.beta} if "beta" in names else {}) | SETTINGS.get(name, {})
+    beta = case.ipo_beta if name == "ipo" else case.beta
+    return ({"beta": beta} if "beta" in names else {}) | SETTINGS.get(name, {})
 
 
 def train(case: Case, loss: Loss) -> tuple[Tensor, Tensor]:

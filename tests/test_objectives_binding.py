@@ -106,6 +106,7 @@ def test_the_running_mean_travels_with_a_checkpoint():
         ({"name": "lipo_lambda"}, None),
         ({"name": "sft"}, None),
         ({"name": "rpo"}, None),
+        ({"name": "grpo"}, None),
         ([{"name": "dpo"}, {"name": "sft"}], None),
     ],
 )
@@ -126,6 +127,10 @@ def test_the_loss_of_equal_models_is_known_where_it_does_not_depend_on_the_sampl
         ([{"name": "cca"}, {"name": "sft"}], "liked", True, "negatives"),
         ({"name": "plackett_luce"}, "ranked", True, None),
         ({"name": "best_of_n"}, "ranked", False, None),
+        ({"name": "ppo"}, "rollout", False, None),
+        ({"name": "ppo", "kl_beta": 0.1}, "rollout", True, None),
+        ({"name": "grpo"}, "rollout", True, None),
+        ({"name": "rloo"}, "rollout", False, None),
     ],
 )
 def test_what_an_objective_asks_for(section, row, reference, roll):
@@ -163,7 +168,9 @@ def test_no_name_is_in_two_families():
         ({"name": "bco", "shift": "mean"}, "expected running or a number"),
         ({"name": "cca", "condition_dropout": 1.0}, r"in \[0, 1\)"),
         ({"name": "f_dpo", "divergence": "hellinger"}, "hellinger"),
-        ({"name": "grpo"}, "rollouts"),
+        ({"name": "d3po"}, "rollouts are single"),
+        ({"name": "ppo", "clip_low": 2}, "clip_low is 2"),
+        ([{"name": "ppo"}, {"name": "dpo"}], "policy gradients learn from rollouts, the others from records"),
         ([], "expected name"),
         (["dpo"], "expected name"),
         ([{"name": "dpo"}, {"name": "lipo_lambda"}], "different records"),

@@ -18,6 +18,8 @@ from tests.two_processes import run_on_two
 SETTINGS = TrainingSettings(max_steps=6, batch_size=8, micro_batch_size=2, learning_rate=1e-2, trackers=())
 # So many that a micro-batch is often empty on one process only, which must not wait for the other forever.
 BAD = [index for index in range(96) if index % 5 < 3]
+# Of the others, some that the modality cannot use, which only it knows.
+REFUSED = [index for index in range(96) if index % 5 == 3]
 # References that follow the policy, or have weights of their own: each under DDP and FSDP2.
 MOVING = [("ema", "ddp", 0), ("uniform", "ddp", 2), ("ema", "fsdp2", 2), ("uniform", "fsdp2", 0), ("soup", "fsdp2", 0)]
 
@@ -44,6 +46,7 @@ def two_processes(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
             training(pairs, folder / f"{kind}-{sharding}-{rank}", {"reference": kind, "rank": rank}, sharding=sharding)
             for kind, sharding, rank in MOVING
         ),
+        training(pairs, folder / "refused", {"refuse": REFUSED}),
         training(pairs, folder / "returned", {"reference": "uniform"}, sharding="fsdp2", max_steps=5),
         training(pairs, folder / "returned", {"reference": "uniform", "resume": "latest"}),
     ]
@@ -123,6 +126,14 @@ def test_weights_are_sharded_under_fsdp2_and_whole_under_ddp(two_processes: Any)
 def test_errors_of_all_processes_are_counted_once(pairs: Path, two_processes: Any, tmp_path: Path) -> None:
     result = run(pairs, tmp_path, SETTINGS, network=TinyNetwork().double(), max_bad_share=1.0)
     assert two_processes[1][0]["errors"] == result.errors
+
+
+def test_records_that_only_the_modality_refuses_are_left_out_on_every_process(
+    pairs: Path, two_processes: Any, tmp_path: Path
+) -> None:
+    run(pairs, tmp_path, SETTINGS, network=TinyNetwork().double(), max_bad_share=1.0, refuse=REFUSED)
+    assert curve(tmp_path)[-1]["skipped/overlong"] > 0
+    assert_same(curve(tmp_path), curve(two_processes[0] / "refused"))
 
 
 def test_a_resume_may_change_sharding_and_the_number_of_processes(

@@ -125,6 +125,27 @@ def test_a_record_with_nan_is_named_and_its_step_skipped(pairs: Path, tmp_path: 
     assert result.metrics["skipped_steps"] == 1
 
 
+@pytest.mark.parametrize(("objective", "micro_batch_size"), [("dpo", 2), ("kto", 2), ("kto", None)])
+def test_records_that_the_modality_refuses_are_left_out_and_counted(
+    tmp_path: Path, objective: str, micro_batch_size: int | None
+) -> None:
+    """As if they had been bad in their shard: where losses are added up, and where other rows' prompts are used."""
+    settings = dataclasses.replace(SETTINGS, micro_batch_size=micro_batch_size)
+    bad, good = range(3, 96, 7), write_pairs(tmp_path / "good")
+    run(write_pairs(tmp_path / "bad", bad=bad), tmp_path / "one", settings, objective=objective)
+    result = run(good, tmp_path / "other", settings, objective=objective, refuse=bad)
+    one, other = curve(tmp_path / "one"), curve(tmp_path / "other")
+    assert one[-1]["skipped/no_feedback"] == other[-1]["skipped/overlong"] == result.errors["overlong"] > 3
+    assert [row["loss"] for row in one] == [row["loss"] for row in other]
+    assert [row["grad_norm"] for row in one] == [row["grad_norm"] for row in other]
+
+
+def test_a_batch_of_which_nothing_is_left_is_skipped(pairs: Path, tmp_path: Path) -> None:
+    result = run(pairs, tmp_path, dataclasses.replace(SETTINGS, max_steps=1), refuse=range(96))
+    assert result.findings[0].startswith("step 0: skipped, no usable record in the whole batch")
+    assert sum(result.errors.values()) == SETTINGS.batch_size
+
+
 def test_too_many_skipped_steps_stop_the_run(pairs: Path, tmp_path: Path) -> None:
     network = TinyNetwork()
     torch.nn.init.constant_(network.head.bias, torch.nan)

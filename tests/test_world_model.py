@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from mmalign.jobs.sources import ASSETS
+from mmalign.jobs.models import ASSETS
 from mmalign.world import parse_image
 from mmalign.world.oracle import ParsedScene
 from mmalign.world.render import render_array

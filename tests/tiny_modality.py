@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from mmalign.core.merging import average
 from mmalign.core.objectives import bind_objective
 from mmalign.core.reference import AdapterOff, Ema, FrozenCopy, NoReference, Pool, Reference, Soup
-from mmalign.core.types import LogProbs, Pair, Sample
+from mmalign.core.types import LogProbs, Pair, Sample, Unusable
 from mmalign.data import ROWS, Candidate, DataSettings, Manifest, Record, RecordStream, ShardWriter
 from mmalign.training import TrainingSettings, launch, train
 from mmalign.training.checkpoint import Snapshots
@@ -96,17 +96,28 @@ class TinyInputs:
 
 
 class TinyModality:
-    """`poison`: keys whose samples get a NaN, as a broken record would. `pause`: seconds that a batch takes longer."""
+    """`poison`: keys whose samples get a NaN, as a broken record would. `pause`: seconds that a batch takes longer.
+    `refuse`: numbers of records that it cannot use."""
 
-    def __init__(self, dtype: torch.dtype = torch.float32, poison: Sequence[str] = (), pause: float = 0.0):
+    def __init__(
+        self,
+        dtype: torch.dtype = torch.float32,
+        poison: Sequence[str] = (),
+        pause: float = 0.0,
+        refuse: Sequence[int] = (),
+    ):
         self.truncated_prompts = 0
         self.empty_prompt = "0"
         self.dtype = dtype
         self.poison = poison
         self.pause = pause
+        self.refuse = tuple(f"{number:06d}" for number in refuse)
 
     def prepare(self, samples: Sequence[Sample]) -> TinyInputs:
         time.sleep(self.pause)
+        for sample in samples:
+            if self.refuse and sample.key.endswith(self.refuse):
+                raise Unusable("overlong", "too long", sample.key)
         self.truncated_prompts += sum(len(sample.text or "") > LENGTH for sample in samples)
         texts = [(sample.text or "")[:LENGTH] for sample in samples]
         weight = torch.tensor([[float(place < len(text)) for place in range(LENGTH)] for text in texts])
@@ -193,6 +204,7 @@ def run(
     workers: int = 0,
     resume: str | Path | None = None,
     poison: Sequence[str] = (),
+    refuse: Sequence[int] = (),
     network: TinyNetwork | None = None,
     console: Any = None,
     max_bad_share: float = 0.5,
@@ -210,7 +222,7 @@ def run(
         need=frozenset(),
         collate=ROWS[bound.row],
     )
-    modality = TinyModality(dtype, poison, pause)
+    modality = TinyModality(dtype, poison, pause, refuse)
     if isinstance(reference, str):
         reference = REFERENCES[reference](network, Path(folder))
     elif reference is None and not bound.needs_reference:

@@ -44,6 +44,8 @@ class Sample:
     # what is known of parts of `text`: {"start", "end", "object", "attribute", "relation"}, in characters; a label is
     # 1 (hallucinated), 0 (fine) or -1 (the part states nothing of this kind)
     segments: Sequence[Mapping[str, Any]] = ()
+    # what else the record says, e.g. a caption; no objective reads it, rewards may
+    meta: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Unusable(ValueError):

@@ -96,6 +96,14 @@ class RewardPrompt:
         return tuple(replace(sample, prompt=prompt, desirable=place == 0) for place, sample in enumerate(ordered))
 
 
+def segmented(record: Record, draw: int, group: int) -> tuple[Sample, ...]:
+    """Every candidate with labelled segments, whatever is preferred."""
+    rows = [place for place, item in enumerate(record.candidates) if item.segments]
+    if not rows:
+        raise RecordError("no_feedback", record.shard, record.key, "no candidate has labelled segments")
+    return tuple(_sample(record, place, draw, group, True) for place in rows)
+
+
 def bare(record: Record, draw: int, group: int) -> tuple[Sample, ...]:
     """(prompt,): the prompt without an answer."""
     return (_sample(record, None, draw, group, None),)
@@ -137,6 +145,7 @@ def _sample(
         score=candidate.score if score is None and candidate else score,
         numbers=_numbers(record),
         segments=tuple(candidate.segments) if candidate else (),
+        meta=record.meta,
     )
 
 
@@ -153,8 +162,14 @@ def _numbers(record: Record) -> Mapping[str, float]:
     return found
 
 
-# What a record becomes, by the name that objectives use for it.
-ROWS: Mapping[str, Collate] = {"pair": preference_pair, "liked": liked, "labelled": labelled, "ranked": ranked}
+# What a record becomes, by the name that objectives, or reward models, use for it.
+ROWS: Mapping[str, Collate] = {
+    "pair": preference_pair,
+    "liked": liked,
+    "labelled": labelled,
+    "ranked": ranked,
+    "segmented": segmented,
+}
 
 
 def collate_for(

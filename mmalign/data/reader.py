@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import string
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mmalign.core.types import Sample
+from mmalign.core.types import Sample, Unusable
 from mmalign.data.cache import ShardCache
 from mmalign.data.collate import Collate
 from mmalign.data.columns import Columns
@@ -96,7 +96,9 @@ class Step:
     slots: int  # slots that the step takes over all ranks, bad records included
     position: int  # the first of them
     epoch: int  # the epoch of the first of them
-    errors: list[RecordError]  # this rank's bad records
+    errors: Sequence[RecordError | Unusable]  # this rank's bad records, or samples that a modality refused
+    metrics: Mapping[str, float] = field(default_factory=dict)  # of the source, over all ranks, e.g. of a rollout
+    made_in: float = 0.0  # seconds that the source computed for it: time that was used, not waited for
 
 
 @dataclass
@@ -152,8 +154,9 @@ class RecordStream:
         batches = iter(self._loader(geometry))
         while True:
             outcomes = [_unpacked(next(batches)) for _ in range(geometry.accumulation)]
-            step = self._step(outcomes, geometry)
-            for error in step.errors:
+            errors = [row for batch in outcomes for row in batch if isinstance(row, RecordError)]
+            step = self._step(outcomes, geometry, errors)
+            for error in errors:
                 self.errors.add(error)
             self._seen += geometry.accumulation * geometry.micro_batch_size
             self._judge()
@@ -196,7 +199,7 @@ class RecordStream:
             generator=torch.Generator(),
         )
 
-    def _step(self, outcomes: Sequence[Sequence[Row]], geometry: Geometry) -> Step:
+    def _step(self, outcomes: Sequence[Sequence[Row]], geometry: Geometry, errors: Sequence[RecordError]) -> Step:
         micro_batches = [[row for row in batch if not isinstance(row, RecordError)] for batch in outcomes]
         return Step(
             micro_batches=micro_batches,
@@ -204,7 +207,7 @@ class RecordStream:
             slots=geometry.batch_size,
             position=self.position,
             epoch=self.position // self._manifest.records,
-            errors=[row for batch in outcomes for row in batch if isinstance(row, RecordError)],
+            errors=errors,
         )
 
     def _judge(self) -> None:

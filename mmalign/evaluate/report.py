@@ -7,12 +7,9 @@ at all.
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import importlib.metadata
-import io
 import json
-import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,18 +17,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
-from PIL import Image
 
 from mmalign.data.errors import KINDS
 from mmalign.evaluate.comparison import Comparison
 from mmalign.evaluate.curves import draw_curves
+from mmalign.evaluate.page import axis_of, template, write_whole
 from mmalign.evaluate.statistics import ENOUGH_PROMPTS, Interval
 from mmalign.evaluate.suite import Row
 
-# Large pictures are stored as JPEG with no longer side than this.
-LARGEST_PICTURE = 320
 PACKAGES = (
     "mmalign",
     "torch",
@@ -76,17 +70,17 @@ def write_report(folder: str | Path, report: Report) -> Path:
     """Writes report.html and results.json into `folder`; returns the path of the page."""
     if not report.rows:
         raise ValueError("a report needs at least one row of results")
-    page = _page().render(report=report, **_derived(report))
+    page = template("report.html.jinja").render(report=report, **_derived(report))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_results(folder / "results.json", report.rows)
-    return _write(folder / "report.html", page)
+    return write_whole(folder / "report.html", page)
 
 
 def write_results(path: str | Path, rows: Sequence[Row]) -> Path:
     """A JSON list with one object per row; an interval is {value, low, high}, what is not known is null."""
     text = json.dumps([row.to_dict() for row in rows], indent=1, allow_nan=False)
-    return _write(Path(path), text + "\n")
+    return write_whole(Path(path), text + "\n")
 
 
 def installed_versions() -> dict[str, str]:
@@ -100,33 +94,7 @@ def installed_versions() -> dict[str, str]:
     return versions
 
 
-def _write(path: Path, text: str) -> Path:
-    """The whole file or nothing: a temporary neighbour that takes its name once it is on the disk."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {error.strerror}") from error
-    return path
-
-
 # -- what the page says ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Axis:
-    """Places on a strip, in percent of its width."""
-
-    low: float
-    high: float
-
-    def at(self, value: float) -> float:
-        return round(100 * (min(max(value, self.low), self.high) - self.low) / (self.high - self.low), 2)
 
 
 @dataclass(frozen=True)
@@ -156,7 +124,7 @@ def _derived(report: Report) -> dict[str, Any]:
         "singles": [
             one for one in report.rows if (one.name, one.guidance) == (row.name, row.guidance) and one.seed is not None
         ],
-        "gain_axis": _gain_axis([gain for gain in gains if gain is not None]),
+        "gain_axis": axis_of([gain for gain in gains if gain is not None]),
         "kinds": _changes(base.by_kind, row.by_kind, row.gain_by_kind, _examples(report)) if base else [],
         "facts": _changes(base.by_fact, row.by_fact, row.gain_by_fact, {}) if base else [],
         "curves": [dataclasses.replace(panel, svg=Markup(panel.svg)) for panel in draw_curves(report.metrics)],
@@ -180,13 +148,6 @@ def _featured(report: Report, summary: Sequence[Row]) -> Row:
     return next((row for row in summary if row.score_gain is not None), summary[0])
 
 
-def _gain_axis(gains: Sequence[Interval]) -> Axis:
-    """Holds every interval and zero."""
-    ends = [0.0, *(gain.low for gain in gains), *(gain.high for gain in gains)]
-    margin = max(0.06 * (max(ends) - min(ends)), 1e-9)
-    return Axis(min(ends) - margin, max(ends) + margin)
-
-
 def _examples(report: Report) -> dict[str, str]:
     """kind -> one of its prompts"""
     shown = report.comparison.sample if report.comparison else ()
@@ -204,50 +165,3 @@ def _changes(
         for name, gain in gains.items()
         if name in base
     ]
-
-
-@dataclass(frozen=True)
-class Thumbnail:
-    """A picture as a data URI. `small` pictures, up to 128 px, are stored exactly and drawn with hard pixels."""
-
-    uri: str
-    small: bool
-
-
-def _thumbnail(image: Image.Image | Path) -> Thumbnail:
-    if isinstance(image, Path):
-        with Image.open(image) as opened:
-            image = opened.convert("RGB")
-    small = max(image.size) <= 128
-    file = io.BytesIO()
-    if small:
-        image.save(file, "PNG", optimize=True)
-    else:
-        image = image.convert("RGB")
-        image.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE), Image.Resampling.LANCZOS)
-        image.save(file, "JPEG", quality=88)
-    kind = "png" if small else "jpeg"
-    return Thumbnail(f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}", small)
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}%"
-
-
-def _signed(value: float, scale: float = 100.0) -> str:
-    """With its sign, a true minus, and no "-0.0"."""
-    text = f"{abs(scale * value):.1f}" if scale == 100.0 else f"{abs(scale * value):.3g}"
-    sign = "" if float(text) == 0 else "+" if value > 0 else "\N{MINUS SIGN}"
-    return sign + text
-
-
-def _page() -> Template:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": _percent, "signed": _signed, "thumbnail": _thumbnail}
-    return environment.get_template("report.html.jinja")

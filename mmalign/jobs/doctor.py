@@ -19,10 +19,11 @@ from rich.table import Table
 from mmalign.core.objectives import bind_objective
 from mmalign.data import Manifest
 from mmalign.evaluate.report import installed_versions
-from mmalign.jobs import references, train
-from mmalign.jobs.sources import device_of, with_shipped_model
+from mmalign.jobs import models, references, train
+from mmalign.jobs.sources import device_of
 from mmalign.modalities import memory
-from mmalign.modalities.diffusion_loading import read_config
+from mmalign.modalities.diffusion import DiffusionSettings
+from mmalign.modalities.lvlm import LvlmSettings
 
 POSITIONAL = ""
 GIB = 2**30
@@ -65,13 +66,11 @@ def _needs(settings: train.Settings) -> dict[str, str]:
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     geometry = settings.training.geometry(0, ranks)
     samples = geometry.micro_batch_size * objective.samples_per_row
-    model = with_shipped_model(settings.model)
-    estimate = memory.estimate(
-        model,
-        read_config(model.path),
+    estimate = models.estimate(
+        settings.model,
         train.DTYPES[settings.training.mixed_precision],
-        samples,
-        settings.training.optimizer,
+        samples=samples,
+        optimizer=settings.training.optimizer,
         frozen_copy=references.holds_a_network(kind, settings.model),
         need_vae=manifest.encoder is None or settings.training.sample_every is not None,
         ranks=ranks if settings.training.sharding == "fsdp2" else 1,
@@ -79,7 +78,7 @@ def _needs(settings: train.Settings) -> dict[str, str]:
     device = device_of(settings.device)
     free = memory.available(device)
     checkpointing = estimate.wants_checkpointing(free)
-    return {
+    rows = {
         "objective": f"{objective.name}, reference {kind}",
         "parameters": f"{estimate.network_parameters:,} in the network, {estimate.trained_parameters:,} to train",
         "weights": _size(estimate.network + estimate.reference + estimate.frozen + estimate.gathered)
@@ -89,13 +88,21 @@ def _needs(settings: train.Settings) -> dict[str, str]:
         "in all": f"{_size(estimate.total(checkpointing))} of {_size(free)} free on {device}"
         + (", for each process" if ranks > 1 else ""),
         "gradient_checkpointing: auto": "on" if checkpointing else "off",
-        "records": f"{manifest.records:,} in {len(manifest.shards)} shards"
-        + (", latents" if manifest.encoder else ", pictures: each step passes the VAE; see `mmalign encode`"),
+        "records": f"{manifest.records:,} in {len(manifest.shards)} shards" + _stored(settings.model, manifest),
         "batch": f"{settings.training.batch_size} = {geometry.micro_batch_size} x {geometry.accumulation} "
         f"accumulated x {ranks} processes",
         "an epoch": f"{manifest.records / settings.training.batch_size:,.1f} steps; "
         f"max_steps {settings.training.max_steps} are {_epochs(settings, manifest):.2f} epochs",
     }
+    if isinstance(settings.model, LvlmSettings):
+        rows["shared prompt"] = models.prompt_sharing(settings.model)
+    return rows
+
+
+def _stored(model: models.ModelSettings, manifest: Manifest) -> str:
+    if isinstance(model, DiffusionSettings):
+        return ", latents" if manifest.encoder else ", pictures: each step passes the VAE; see `mmalign encode`"
+    return ", with the log-probs of a reference" if manifest.encoder else ""
 
 
 def _epochs(settings: train.Settings, manifest: Manifest) -> float:

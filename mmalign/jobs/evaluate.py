@@ -6,6 +6,21 @@ The model called `base` is what the others are held against, picture by picture.
 `samples/`, so that a second call draws only what is missing. In the embedded world the oracle judges (accuracy by kind
 of prompt and of fact); elsewhere CLIP scores. `diversity` adds pictures of the same prompt from several seeds, to see
 whether a model has begun to repeat itself. Writes report.html and results.json.
+
+Hallucination benchmarks of vision-language models, from files of answers or with models that answer:
+
+    mmalign evaluate output=runs/pope benchmark.name=pope benchmark.answers=llava.jsonl \\
+        benchmark.annotations=pope/coco benchmark.questions=llava_pope_test.jsonl
+    mmalign evaluate output=runs/chair benchmark.name=chair benchmark.answers='{base: a.jsonl, dpo: b.jsonl}' \\
+        benchmark.annotations=coco/annotations benchmark.synonyms=synonyms.txt
+    mmalign evaluate output=runs/pope 'models=[{name: mine, path: my/llava}]' model.kind=lvlm \\
+        benchmark.name=pope benchmark.annotations=pope/coco benchmark.images=coco/val2014 \\
+        benchmark.suffix='" Answer yes or no."'
+    mmalign evaluate output=runs/mmhal benchmark.name=mmhal benchmark.answers=reviews.json \\
+        benchmark.judge.name=gpt-4-1106-preview benchmark.judge.date=2024-05-01
+
+The rule behind the numbers is printed with them. Models answer greedily (sampling.temperature does not count) into
+answers/<name>.jsonl, where a second call goes on. There is no base then; each answer counts for its own model.
 """
 
 from __future__ import annotations
@@ -21,13 +36,16 @@ from rich.table import Table
 from mmalign.config import to_yaml
 from mmalign.core.types import Sample
 from mmalign.data import Manifest, Record, read_shard
+from mmalign.evaluate.benchmark_report import Scored
+from mmalign.evaluate.benchmarks.files import BenchmarkFiles
 from mmalign.evaluate.comparison import compare
 from mmalign.evaluate.report import Report, installed_versions, write_report
 from mmalign.evaluate.statistics import UNIT
 from mmalign.evaluate.suite import Judged, Row, Run, summarise
 from mmalign.evaluate.world import judge
 from mmalign.feedback import Scorer
-from mmalign.jobs import generate
+from mmalign.jobs import benchmarks, generate
+from mmalign.jobs.models import Model, Sampling
 from mmalign.jobs.scorers import ScorerSettings, cautions, load_scorer
 from mmalign.jobs.shards import Skipped
 from mmalign.jobs.sources import device_of, read_prompts, seed_of
@@ -58,7 +76,8 @@ class Entry:
 class Settings:
     # folder of samples, report.html and results.json
     output: str
-    models: list[Entry]
+    # none where a benchmark's answers are there already
+    models: list[Entry] = field(default_factory=list)
     # world:train, world:tune, world:test, a .txt file (a prompt a line) or a .jsonl file ({"prompt": ...} a line)
     prompts: str = "world:test"
     count: int | None = 1024
@@ -71,12 +90,14 @@ class Settings:
     # of prompts and pictures: all models get the same
     seed: int = 0
     title: str = "Evaluation"
-    sampling: DiffusionSampling = field(default_factory=DiffusionSampling)
+    sampling: Sampling = field(default_factory=DiffusionSampling)
     # how the models are loaded; path and adapter come from `models`
-    model: DiffusionSettings = field(default_factory=DiffusionSettings)
+    model: Model = field(default_factory=DiffusionSettings)
     scorer: ScorerSettings = field(default_factory=ScorerSettings)
     # cpu, cuda, cuda:1, mps; auto takes what is there
     device: str = "auto"
+    # a hallucination benchmark instead of pictures; prompts, count, diversity, guidance and scorer do not count then
+    benchmark: BenchmarkFiles | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,12 +113,29 @@ class Story:
     notes: Sequence[str] = ()
 
 
-def run(settings: Settings) -> list[Row]:
+def run(settings: Settings) -> list[Row] | list[Scored]:
+    if settings.benchmark is not None:
+        return benchmarks.run(settings.benchmark, _answering(settings), to_yaml(settings))
+    if settings.model.kind != "diffusion":
+        raise ValueError(f"model.kind {settings.model.kind} answers questions; set benchmark.name and its files")
     if "base" not in [entry.name for entry in settings.models]:
         raise ValueError("models: one must be called base, the model that the others are held against")
     for entry, scale in draws(settings):
         generate.run(drawing(settings, entry, scale))
     return report(settings, Story(command="mmalign evaluate", config=to_yaml(settings)))
+
+
+def _answering(settings: Settings) -> benchmarks.Answering:
+    names = [entry.name for entry in settings.models]
+    if len(set(names)) < len(names):
+        raise ValueError(f"models: {', '.join(names)}; a benchmark needs a name of its own for each")
+    chosen = {
+        entry.name: dataclasses.replace(settings.model, path=entry.path, adapter=entry.adapter)
+        for entry in settings.models
+    }
+    return benchmarks.Answering(
+        output=Path(settings.output), models=chosen, sampling=settings.sampling, device=settings.device
+    )
 
 
 def draws(settings: Settings) -> list[tuple[Entry, float]]:
@@ -107,6 +145,7 @@ def draws(settings: Settings) -> list[tuple[Entry, float]]:
 
 def drawing(settings: Settings, entry: Entry, scale: float) -> generate.Settings:
     """The settings that draw the pictures of one model at one guidance scale."""
+    assert isinstance(settings.sampling, DiffusionSampling)
     return generate.Settings(
         output=str(samples_folder(settings, entry, scale)),
         prompts=settings.prompts,

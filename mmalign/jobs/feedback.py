@@ -14,16 +14,25 @@ WHAT = {
     "liked": "liked answers (a preferred pair, a desirable candidate, or a single one)",
     "labelled": "labels (desirable candidates, or pairs)",
     "ranked": "ranked answers (two or more scores, or a preferred pair)",
+    "segmented": "answers with labelled segments (see `mmalign judge`, fine_grained)",
 }
 
 
-def check_feedback(objective: BoundObjective, manifest: Manifest, settings: DataSettings, seed: int) -> None:
-    """Raises ValueError where none of the first records can serve `objective`, naming objectives that would work."""
-    rows = _rows(objective.row, manifest, settings, seed)
+def check_feedback(
+    objective: BoundObjective, manifest: Manifest, settings: DataSettings, seed: int, row: str | None = None
+) -> None:
+    """Raises ValueError where none of the first records can serve `objective`, naming objectives that would work.
+
+    `row` is what the model makes of a record, where that is not for the objective to say.
+    """
+    row = row or objective.row
+    if row == "rollout":
+        raise ValueError(f"objective {objective.name} learns from its own rollouts, not from records")
+    rows = _rows(row, manifest, settings, seed)
     if not rows:
-        able = [kind for kind in ROWS if kind != objective.row and _rows(kind, manifest, settings, seed)]
+        able = [kind for kind in ROWS if kind != row and _rows(kind, manifest, settings, seed)]
         raise ValueError(
-            f"objective {objective.name} reads {WHAT[objective.row]}, and none of the first "
+            f"objective {objective.name} reads {WHAT[row]}, and none of the first "
             f"{min(PEEK, manifest.records)} records of {manifest.records} holds any; {_advice(able)}"
         )
     for name, has in (("reward_margin", _has_scores), ("consistency", _has_consistency)):
@@ -50,6 +59,8 @@ def _has_consistency(row: tuple[Sample, ...]) -> bool:
 
 
 def _advice(able: list[str]) -> str:
+    if able == ["segmented"]:
+        return "they hold labelled segments, from which reward models learn: set model.kind to lvlm_segment_reward"
     if not able:
         return "write feedback with `mmalign judge`, or map it with data.columns"
     names = [name for table in FAMILIES.values() for name in table if bind_objective({"name": name}).row in able]

@@ -1,27 +1,34 @@
 """N candidates for each prompt, drawn from a model and written to shards.
 
     mmalign generate output=runs/candidates prompts=world:train count=512
-    mmalign generate config.yaml model.path=my/stable-diffusion prompts=prompts.txt
+    mmalign generate output=runs/candidates prompts=prompts.txt model.path=my/stable-diffusion
+    mmalign generate output=runs/answers prompts=runs/questions model.kind=lvlm model.path=my/llava
 
 Works shard by shard: shards that exist are skipped, so that it can be killed and run again. Under torchrun the shards
-are shared out among the processes. The picture of a candidate depends on (seed, prompt number, candidate number) alone.
+are shared out among the processes. A candidate depends on (seed, prompt number, candidate number) alone. Prompts with
+pictures come as shards of records (candidates in them are left out); for a vision-language model `world:train` are
+scenes to be described.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import nn
 
-from mmalign.data import Candidate, Record
+from mmalign.core.types import Prompt, Sample
+from mmalign.data import Candidate, Record, open_image
+from mmalign.jobs import models
+from mmalign.jobs.models import Answering, Model, Sampling
+from mmalign.jobs.questions import Question, Questions
 from mmalign.jobs.shards import Share, remaining, work_through
-from mmalign.jobs.sources import device_of, read_prompts, seed_of, with_shipped_model
-from mmalign.modalities.diffusion import DiffusionModality, DiffusionSampling, DiffusionSettings, load
+from mmalign.jobs.sources import device_of, seed_of
+from mmalign.modalities.diffusion import DiffusionSampling, DiffusionSettings
 
 POSITIONAL = ""
 
@@ -30,11 +37,12 @@ POSITIONAL = ""
 class Settings:
     # folder of the new shards
     output: str
-    # world:train, world:tune, world:test, a .txt file (a prompt a line) or a .jsonl file ({"prompt": ...} a line)
-    prompts: str = "world:train"
+    # world:train, world:tune, world:test, a .txt file (a prompt a line), a .jsonl file ({"prompt": ...} a line), or
+    # shards of records with their pictures
+    prompts: str | list[str] = "world:train"
     # how many prompts; null: all of the file
     count: int | None = None
-    # pictures for each prompt
+    # answers to each prompt
     candidates: int = 4
     # [prompts, pictures]: so many pictures for each of the first prompts, to see how much they differ; null: none
     repeats: tuple[int, int] | None = None
@@ -46,53 +54,90 @@ class Settings:
     share: Share | None = None
     # cpu, cuda, cuda:1, mps; auto takes what is there
     device: str = "auto"
-    model: DiffusionSettings = field(default_factory=DiffusionSettings)
-    sampling: DiffusionSampling = field(default_factory=DiffusionSampling)
+    model: Model = field(default_factory=DiffusionSettings)
+    sampling: Sampling = field(default_factory=DiffusionSampling)
 
 
 def run(settings: Settings) -> Path:
+    _check(settings)
+    with_scenes = settings.model.kind == "lvlm"
+    questions = Questions(settings.prompts, settings.count, settings.seed, settings.records_per_shard, with_scenes)
+    folder = Path(settings.output)
+
+    @functools.cache
+    def model() -> tuple[Answering, nn.Module]:
+        return models.load(settings.model, device_of(settings.device))
+
+    if remaining(folder, questions.names, settings.share):
+        model()  # before anything is written, so that a wrong model.path leaves no folder behind
+
+    def records_of(name: str) -> Iterator[Record]:
+        yield from _answered(questions[name], *model(), settings)
+
+    return work_through(folder, questions.names, records_of, "generate, shards", share=settings.share)
+
+
+def _check(settings: Settings) -> None:
+    models.check_sampling(settings.model, settings.sampling)
+    if not isinstance(settings.sampling, DiffusionSampling) and (settings.guidance or settings.repeats):
+        raise ValueError(
+            f"guidance and repeats are of diffusion models; model.kind is {settings.model.kind}: unset them"
+        )
     if settings.guidance and len(settings.guidance) != settings.candidates:
         raise ValueError(
             f"guidance lists {len(settings.guidance)} scales for {settings.candidates} candidates; give one for each"
         )
-    prompts = read_prompts(settings.prompts, settings.count, settings.seed)
-    count = -(-len(prompts) // settings.records_per_shard)
-    folder, names = Path(settings.output), [f"{index:06d}.tar" for index in range(count)]
 
-    @functools.cache
-    def model() -> tuple[DiffusionModality, nn.Module]:
-        return load(with_shipped_model(settings.model), device_of(settings.device), torch.float32, need_vae=True)
 
-    if remaining(folder, names, settings.share):
-        model()  # before anything is written, so that a wrong model.path leaves no folder behind
+def _answered(
+    questions: Sequence[Question], modality: Answering, network: nn.Module, settings: Settings
+) -> Iterator[Record]:
+    wanted = {
+        (row, place): sampling
+        for row, question in enumerate(questions)
+        for place, sampling in enumerate(_samplings(settings, question))
+    }
+    drawn: dict[tuple[int, int], Sample] = {}
+    for sampling in dict.fromkeys(wanted.values()):
+        places = [place for place, one in wanted.items() if one == sampling]
+        prompts: list[Any] = [_prompt(questions[row].record) for row, _ in places]
+        seeds = [seed_of(settings.seed, questions[row].number, place) for row, place in places]
+        drawn |= zip(places, modality.generate(network, prompts, seeds, sampling), strict=True)
+    for row, question in enumerate(questions):
+        answers = [(drawn[place], sampling) for place, sampling in wanted.items() if place[0] == row]
+        candidates = [
+            Candidate(image=sample.image, text=sample.text, source=_source(settings, sampling))
+            for sample, sampling in answers
+        ]
+        yield dataclasses.replace(question.record, candidates=candidates, preferred=[], tensors={}, shard="")
 
-    def records_of(name: str) -> Iterator[Record]:
-        modality, network = model()
-        start = int(Path(name).stem) * settings.records_per_shard
-        numbers = range(start, min(start + settings.records_per_shard, len(prompts)))
-        wanted = {
-            (number, place): scale for number in numbers for place, scale in enumerate(scales_of(settings, number))
-        }
-        drawn: dict[tuple[int, int], Candidate] = {}
-        for scale in dict.fromkeys(wanted.values()):
-            places = [place for place, one in wanted.items() if one == scale]
-            samples = modality.generate(
-                network,
-                [prompts[number] for number, _ in places],
-                [seed_of(settings.seed, number, place) for number, place in places],
-                dataclasses.replace(settings.sampling, guidance_scale=scale),
-            )
-            for place, sample in zip(places, samples, strict=True):
-                drawn[place] = Candidate(image=sample.image, source=f"{settings.model.path}, guidance {scale:g}")
-        for number in numbers:
-            candidates = [drawn[number, place] for place in range(len(scales_of(settings, number)))]
-            yield Record(key=f"{number:08d}", prompt=prompts[number], candidates=candidates)
 
-    return work_through(folder, names, records_of, "generate, shards", share=settings.share)
+def _prompt(record: Record) -> Any:
+    """Plain words stay plain; pictures are decoded here."""
+    if not record.prompt_images:
+        return record.prompt
+    images = [open_image(image) if isinstance(image, bytes) else image for image in record.prompt_images]
+    return Prompt(record.prompt, tuple(images))
+
+
+def _source(settings: Settings, sampling: Any) -> str:
+    if isinstance(sampling, DiffusionSampling):
+        return f"{settings.model.path}, guidance {sampling.guidance_scale:g}"
+    return f"{settings.model.path}, temperature {sampling.temperature:g}"
+
+
+def _samplings(settings: Settings, question: Question) -> list[Any]:
+    """How each candidate of a prompt is drawn."""
+    if not isinstance(settings.sampling, DiffusionSampling):
+        return [settings.sampling] * settings.candidates
+    assert isinstance(question.number, int) or not settings.repeats
+    scales = scales_of(settings, question.number if isinstance(question.number, int) else 0)
+    return [dataclasses.replace(settings.sampling, guidance_scale=scale) for scale in scales]
 
 
 def scales_of(settings: Settings, number: int) -> list[float]:
-    """The guidance scale of each candidate of a prompt."""
+    """The guidance scale of each candidate of a prompt of a diffusion model."""
+    assert isinstance(settings.sampling, DiffusionSampling)
     scales = settings.guidance or [settings.sampling.guidance_scale] * settings.candidates
     prompts, pictures = settings.repeats or (0, 0)
     more = pictures - len(scales) if number < prompts else 0

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mmalign.core.merging import LowRankUpdates, WeightSum, normalised
-from mmalign.jobs.sources import with_shipped_model
+from mmalign.jobs.models import with_shipped_model
 from mmalign.modalities.adapters import WEIGHTS_FILE
 from mmalign.modalities.diffusion import DiffusionSettings
 from mmalign.modalities.merging import load_network, low_rank_updates, read_adapter

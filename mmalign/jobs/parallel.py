@@ -13,7 +13,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,17 @@ class Task:
     settings: Any
     total: int
     done: Callable[[], int]
+
+
+@dataclass
+class Clock:
+    """Seconds of each stage."""
+
+    began: float = field(default_factory=time.monotonic)
+    stages: dict[str, float] = field(default_factory=dict)
+
+    def mark(self, stage: str) -> None:
+        self.stages[stage] = round(time.monotonic() - self.began - sum(self.stages.values()), 1)
 
 
 class SideBySide:

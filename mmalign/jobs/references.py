@@ -11,18 +11,21 @@ work with this model. Every kind works under DDP and FSDP2.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from mmalign.core.objectives import BoundObjective
-from mmalign.core.reference import AdapterOff, Ema, FrozenCopy, NoReference, Pool, Reference, Soup
+from mmalign.core.reference import AdapterOff, Cached, Ema, FrozenCopy, NoReference, Pool, Reference, Soup
 from mmalign.jobs.ingredients import Ingredient, mixed
+from mmalign.jobs.models import LoadedModality, ModelSettings, SegmentRewardSettings, SequenceRewardSettings
 from mmalign.modalities.diffusion import DiffusionModality, DiffusionSettings
 from mmalign.modalities.diffusion_loading import make_trainable
+from mmalign.modalities.lvlm import LvlmModality
 from mmalign.modalities.merging import load_network
 from mmalign.training import Processes
 from mmalign.training.checkpoint import Snapshots
@@ -71,25 +74,37 @@ def _shares(weights: tuple[float, ...]) -> bool:
     return min(weights) >= 0 and sum(weights) > 0
 
 
-def resolve(section: ReferenceSettings, objective: BoundObjective, model: DiffusionSettings) -> Kind:
-    """What `auto` stands for; combinations that cannot work raise ValueError."""
+def resolve(
+    section: ReferenceSettings, objective: BoundObjective, model: ModelSettings, *, penalised: bool = False
+) -> Kind:
+    """What `auto` stands for; combinations that cannot work raise ValueError. `penalised`: rewards lose a share of the
+    distance from the reference, whatever the objective."""
+    needed = objective.needs_reference or penalised
+    if needed and isinstance(model, SegmentRewardSettings | SequenceRewardSettings):
+        raise ValueError(
+            f"objective {objective.name} needs a reference, and a reward model has none; use sft for segments, and "
+            "{name: simpo, beta: 1, gamma_beta_ratio: 0} for pairs"
+        )
     has_adapter = model.lora is not None
     kind = section.kind
     if kind == "auto":
-        kind = "none" if not objective.needs_reference else "adapter_off" if has_adapter else "copy"
-    if kind == "none" and objective.needs_reference:
-        raise ValueError(f"reference is none, but objective {objective.name} needs one; use auto, copy or adapter_off")
+        kind = "none" if not needed else "adapter_off" if has_adapter else "copy"
+    if kind == "none" and needed:
+        who = f"objective {objective.name}" if objective.needs_reference else "rollout.kl_coefficient above 0"
+        raise ValueError(f"reference is none, but {who} needs one; use auto, copy or adapter_off")
     if kind == "adapter_off" and not has_adapter:
         raise ValueError("reference is adapter_off, but nothing can be switched off; set model.lora or reference: copy")
-    if kind == "cached":
+    if kind == "cached" and isinstance(model, DiffusionSettings):
         raise ValueError(
             "reference is cached, but a diffusion model draws timestep and noise anew in each epoch, and a stored "
             "log-prob would be that of another draw; use reference: copy, or adapter_off with model.lora"
         )
+    if kind == "soup" and not isinstance(model, DiffusionSettings):
+        raise ValueError(f"reference is soup, which averages diffusion models, not {model.kind}; use another reference")
     return kind
 
 
-def holds_a_network(kind: str, model: DiffusionSettings) -> bool:
+def holds_a_network(kind: str, model: ModelSettings) -> bool:
     """Whether the reference takes as much memory as the network itself; ema and pool keep what trains."""
     return kind in ("copy", "soup") or (kind in ("ema", "pool") and model.lora is None)
 
@@ -97,25 +112,30 @@ def holds_a_network(kind: str, model: DiffusionSettings) -> bool:
 def build(
     section: ReferenceSettings,
     kind: Kind,
-    modality: DiffusionModality,
+    modality: LoadedModality,
     network: nn.Module,
     *,
+    encoder: Mapping[str, Any] | None = None,
     seed: int,
     folder: Path,
     processes: Processes,
 ) -> Reference:
-    """The reference of a run. `network` is the policy before it is wrapped, `folder` the run's own."""
+    """The reference of a run. `network` is the policy before it is wrapped, `folder` the run's own, `encoder` what the
+    shards say of the tensors in them."""
+    if kind == "cached" and isinstance(modality, LvlmModality):
+        return Cached(encoder, modality.reference_fingerprint(network), modality.actions)
     if kind == "none":
         return NoReference()
     if kind == "copy":
         return FrozenCopy(network)
-    if kind == "soup":
+    if kind == "soup" and isinstance(modality, DiffusionModality):
         return _soup(section, modality)
     if kind == "ema":
         return Ema(network, section.decay)
     if kind == "pool":
         shelf = Snapshots(folder, processes) if section.choice == "uniform" else None
         return Pool(network, section.choice, section.every, seed, shelf)
+    assert isinstance(modality, DiffusionModality | LvlmModality)
     assert modality.reference_switch is not None
     return AdapterOff(modality.reference_switch)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -10,10 +9,7 @@ from pathlib import Path
 
 import torch
 
-from mmalign.modalities.diffusion import DiffusionSettings
 from mmalign.world.datasets import SPLITS, prompts
-
-ASSETS = Path(__file__).parent.parent / "world" / "assets"
 
 
 def read_prompts(source: str, count: int | None, seed: int) -> list[str]:
@@ -41,13 +37,6 @@ def _prompt_of(line: str, place: str) -> str:
         return json.loads(line)["prompt"]
     except (json.JSONDecodeError, KeyError, TypeError):
         raise ValueError(f'{place}: expected {{"prompt": "..."}}, got {line[:80]!r}') from None
-
-
-def with_shipped_model(settings: DiffusionSettings) -> DiffusionSettings:
-    """`path: world` stands for the Stable Diffusion pipeline that ships with mmalign."""
-    if settings.path != "world":
-        return settings
-    return dataclasses.replace(settings, path=str(ASSETS / "diffusion"))
 
 
 def device_of(name: str) -> torch.device:

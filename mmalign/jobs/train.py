@@ -1,11 +1,13 @@
-"""Aligns a model on shards of preferences.
+"""Aligns a model on shards of preferences, or on its own samples.
 
     mmalign train configs/world_dpo.yaml
     mmalign train configs/sd15_dpo.yaml training.max_steps=100 --resume
+    mmalign train configs/llava_7b_fgaif.yaml data.shards=questions/          # rollouts: prompts alone are read
     torchrun --nproc-per-node 8 -m mmalign train configs/sdxl_dpo_lora.yaml
 
-Writes checkpoints, metrics.jsonl, config.yaml and, at the end, the finished model under `model/`: a whole pipeline, or
-with LoRA the file that diffusers loads. Shards that `mmalign encode` made are trained from without a VAE in memory.
+Writes checkpoints, metrics.jsonl, config.yaml and, at the end, the finished model under `model/`: a whole model, or
+with LoRA the files that diffusers and PEFT load. Diffusion models train without a VAE in memory from shards that
+`mmalign encode` made; for vision-language models it stores the reference's log-probs (`reference: cached`).
 """
 
 from __future__ import annotations
@@ -16,17 +18,24 @@ from typing import Annotated, Any, Literal
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from mmalign.config import short_form, to_dict
-from mmalign.core.objectives import bind_objective
+from mmalign.core.objectives import BoundObjective, bind_objective
+from mmalign.core.reference import Reference
 from mmalign.data import DataSettings, Manifest, RecordStream, collate_for
-from mmalign.jobs import references
+from mmalign.jobs import models, references, rollouts
 from mmalign.jobs.feedback import check_feedback
+from mmalign.jobs.models import Sampling, SegmentRewardSettings, SequenceRewardSettings, Trainee
 from mmalign.jobs.references import ReferenceSettings
-from mmalign.jobs.sources import with_shipped_model
-from mmalign.modalities.diffusion import DiffusionSampling, DiffusionSettings, load
-from mmalign.training import TrainingResult, TrainingSettings, launch
+from mmalign.jobs.rewards import RewardSettings
+from mmalign.modalities.diffusion import DiffusionSampling, DiffusionSettings
+from mmalign.modalities.lvlm import LvlmModality
+from mmalign.training import Processes, TrainingResult, TrainingSettings, launch
 from mmalign.training import train as run_loop
+from mmalign.training.critic import CriticSettings
+from mmalign.training.rollout import Rollouts
+from mmalign.training.rollout_settings import RolloutSettings
 
 POSITIONAL = ""
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -37,15 +46,21 @@ class Settings:
     # the folder of the run
     output: str = "runs/train"
     data: DataSettings = field(default_factory=DataSettings)
-    model: DiffusionSettings = field(default_factory=DiffusionSettings)
+    model: Trainee = field(default_factory=DiffusionSettings)
     # name: dpo, ...; the other keys are its parameters (see `mmalign objectives`). A list of such sections, each with
     # a weight, adds their losses: [{name: dpo, weight: 0.8}, {name: bco_pair, weight: 0.2}, {name: sft, weight: 1}]
     objective: dict[str, Any] | list[dict[str, Any]] = field(default_factory=lambda: {"name": "dpo"})
     # what the policy is held against
     reference: Annotated[ReferenceSettings, short_form("kind")] = field(default_factory=ReferenceSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
-    # how the sample grids are drawn (training.sample_every)
-    sampling: DiffusionSampling = field(default_factory=DiffusionSampling)
+    # for policy gradients: how the policy samples from the prompts of data.shards, and how rewards become advantages
+    rollout: RolloutSettings | None = None
+    # who judges the samples
+    reward: Annotated[RewardSettings | None, short_form("kind")] = None
+    # the value model of rollout.advantage gae; {} takes the defaults
+    critic: CriticSettings | None = None
+    # how rollouts, and the sample grids of training.sample_every, are drawn
+    sampling: Sampling = field(default_factory=DiffusionSampling)
     # latest, or the path of a checkpoint; null starts anew
     resume: str | None = None
     # cpu, or auto: the accelerator of this process if there is one
@@ -54,51 +69,32 @@ class Settings:
 
 def run(settings: Settings) -> TrainingResult:
     objective = bind_objective(settings.objective)
-    kind = references.resolve(settings.reference, objective, settings.model)
+    penalised = settings.rollout is not None and settings.rollout.kl_coefficient > 0
+    kind = references.resolve(settings.reference, objective, settings.model, penalised=penalised)
+    on_policy = rollouts.resolve(objective, settings.rollout, settings.reward, settings.critic, settings.model)
     manifest = Manifest.read(settings.data.shards, settings.data.cache)
-    check_feedback(objective, manifest, settings.data, settings.training.seed)
-    if objective.condition_dropout and settings.model.caption_dropout:
-        raise ValueError(
-            f"objective.condition_dropout {objective.condition_dropout} and model.caption_dropout "
-            f"{settings.model.caption_dropout} would both take prompts away; set one of them to 0"
-        )
-    from_latents = manifest.encoder is not None
+    if on_policy is None:
+        check_feedback(objective, manifest, settings.data, settings.training.seed, models.row_of(settings.model))
+    _check_dropout(objective, settings.model)
+    models.check_sampling(settings.model, settings.sampling)
     processes = launch(cpu=settings.device == "cpu")
-    geometry = settings.training.geometry(processes.rank, processes.ranks)
-    modality, network = load(
-        with_shipped_model(settings.model),
-        processes.device,
-        DTYPES[settings.training.mixed_precision],
-        need_vae=not from_latents or settings.training.sample_every is not None,
-        samples=geometry.micro_batch_size * objective.samples_per_row,
-        optimizer=settings.training.optimizer,
-        frozen_copy=references.holds_a_network(kind, settings.model),
+    modality, network = _load(settings, objective, kind, manifest, processes)
+    reference = references.build(
+        settings.reference,
+        kind,
+        modality,
+        network,
+        encoder=manifest.encoder,
         seed=settings.training.seed,
-        ranks=processes.ranks if settings.training.sharding == "fsdp2" else 1,
-    )
-    if from_latents:
-        modality.check_fingerprint(manifest.encoder)
-    stream = RecordStream(
-        manifest,
-        settings.data,
-        settings.training.seed,
-        need=frozenset({"latent"}) if from_latents else frozenset({"image"}),
-        collate=collate_for(objective.row, manifest.records, settings.data.curriculum, settings.data.reward_prompt),
+        folder=Path(settings.output),
+        processes=processes,
     )
     return run_loop(
         modality=modality,
         network=network,
-        reference=references.build(
-            settings.reference,
-            kind,
-            modality,
-            network,
-            seed=settings.training.seed,
-            folder=Path(settings.output),
-            processes=processes,
-        ),
+        reference=reference,
         objective=objective,
-        stream=stream,
+        stream=_stream(settings, objective, on_policy, manifest, modality, network, reference),
         settings=settings.training,
         folder=Path(settings.output),
         resume=settings.resume,
@@ -106,3 +102,61 @@ def run(settings: Settings) -> TrainingResult:
         console=Console(),
         sampling=settings.sampling,
     )
+
+
+def _load(
+    settings: Settings,
+    objective: BoundObjective,
+    reference: references.Kind,
+    manifest: Manifest,
+    processes: Processes,
+) -> tuple[models.LoadedModality, nn.Module]:
+    training, dtype = settings.training, DTYPES[settings.training.mixed_precision]
+    geometry = training.geometry(processes.rank, processes.ranks)
+    samples = geometry.micro_batch_size * objective.samples_per_row
+    if isinstance(settings.model, SegmentRewardSettings | SequenceRewardSettings):
+        return models.reward_model(settings.model, processes.device, dtype, samples=samples, seed=training.seed)
+    return models.load(
+        settings.model,
+        processes.device,
+        dtype,
+        need_vae=manifest.encoder is None or training.sample_every is not None,
+        samples=samples,
+        optimizer=training.optimizer,
+        frozen_copy=references.holds_a_network(reference, settings.model),
+        seed=training.seed,
+        ranks=processes.ranks if training.sharding == "fsdp2" else 1,
+    )
+
+
+def _stream(
+    settings: Settings,
+    objective: BoundObjective,
+    on_policy: rollouts.OnPolicy | None,
+    manifest: Manifest,
+    modality: models.LoadedModality,
+    network: nn.Module,
+    reference: Reference,
+) -> RecordStream | Rollouts:
+    data, seed = settings.data, settings.training.seed
+    if on_policy is not None:
+        assert isinstance(modality, LvlmModality)
+        return rollouts.source(
+            on_policy, modality, network, reference, manifest, data, settings.training, settings.sampling
+        )
+    row = models.row_of(settings.model) or objective.row
+    return RecordStream(
+        manifest,
+        data,
+        seed,
+        need=models.members(modality, manifest.encoder, cached=reference.name == "cached"),
+        collate=collate_for(row, manifest.records, data.curriculum, data.reward_prompt),
+    )
+
+
+def _check_dropout(objective: BoundObjective, model: models.ModelSettings) -> None:
+    if isinstance(model, DiffusionSettings) and model.caption_dropout and objective.condition_dropout:
+        raise ValueError(
+            f"objective.condition_dropout {objective.condition_dropout} and model.caption_dropout "
+            f"{model.caption_dropout} would both take prompts away; set one of them to 0"
+        )

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 class DiffusionSettings:
     """The keys of `model:` for a diffusion model."""
 
+    kind: Literal["diffusion"] = "diffusion"
     # folder or hub name of a diffusers pipeline; `world` is the one that ships with mmalign
     path: str = "world"
     # folder with pytorch_lora_weights.safetensors, merged into the network when it is loaded; null: none

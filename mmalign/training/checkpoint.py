@@ -3,6 +3,7 @@
     checkpoint-500/model.safetensors       the trainable weights by name (all of them, or only the adapters)
     checkpoint-500/optimizer.safetensors   its tensors, as <weight>|<entry>
     checkpoint-500/reference.safetensors   what the reference must remember, if anything
+    checkpoint-500/rollout.safetensors     samples that are still to be learned from, and their value model, if any
     checkpoint-500/state.json              step, stream position, settings, and what else must continue
     latest                                 the name of the newest one
     pool/step-30.safetensors               an earlier policy that the reference may return to
@@ -35,7 +36,7 @@ from mmalign.training.distributed import Processes, sharded_like, whole
 
 LATEST = "latest"
 FORMAT = 1
-REFERENCE_FILE = "reference.safetensors"
+REFERENCE_FILE, ROLLOUT_FILE = "reference.safetensors", "rollout.safetensors"
 POOL = "pool"
 
 
@@ -48,6 +49,7 @@ class Checkpoint:
     optimizer: dict[str, Tensor]
     reference: dict[str, Tensor]
     state: dict[str, Any]
+    rollout: dict[str, Tensor]
 
 
 def save(
@@ -59,6 +61,7 @@ def save(
     state: Mapping[str, Any],
     processes: Processes,
     keep: int,
+    rollout: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Writes `checkpoint-<step>`, points `latest` at it and removes all but the newest `keep`.
 
@@ -68,11 +71,14 @@ def save(
     path = folder / f"checkpoint-{step}"
     tensors = {name: _portable(weight) for name, weight in weights.items()}
     entries, scalars = _optimizer_entries(weights, optimizer)
-    anchor = {name: _portable(tensor) for name, tensor in reference.items()}
+    extra = {
+        file: {name: _portable(tensor) for name, tensor in (found or {}).items()}
+        for file, found in ((REFERENCE_FILE, reference), (ROLLOUT_FILE, rollout))
+    }
     problem = None
     if processes.main:
         document = {"format": FORMAT, "step": step, **state, "optimizer_scalars": scalars}
-        problem = _attempt(path, lambda partial: _write(partial, tensors, entries, anchor, document))
+        problem = _attempt(path, lambda partial: _write(partial, tensors, entries, extra, document))
         if problem is None:
             replace_text(folder / LATEST, path.name + "\n")
             _remove_old(folder, keep)
@@ -107,8 +113,10 @@ def read(path: Path) -> Checkpoint:
     if state.get("format") != FORMAT:
         raise ValueError(f"{path} has checkpoint format {state.get('format')}; expected {FORMAT}")
     weights, optimizer = load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors")
-    reference = load_file(path / REFERENCE_FILE) if (path / REFERENCE_FILE).is_file() else {}
-    return Checkpoint(path, weights, optimizer, reference, state)
+    reference, rollout = (
+        load_file(path / file) if (path / file).is_file() else {} for file in (REFERENCE_FILE, ROLLOUT_FILE)
+    )
+    return Checkpoint(path, weights, optimizer, reference, state, rollout)
 
 
 def load_weights(network: nn.Module, path: str | Path) -> None:
@@ -293,13 +301,14 @@ def _write(
     partial: Path,
     weights: dict[str, Tensor],
     entries: dict[str, Tensor],
-    reference: dict[str, Tensor],
+    extra: Mapping[str, dict[str, Tensor]],
     document: dict[str, Any],
 ) -> None:
     save_file(weights, partial / "model.safetensors")
     save_file(entries, partial / "optimizer.safetensors")
-    if reference:
-        save_file(reference, partial / REFERENCE_FILE)
+    for file, found in extra.items():
+        if found:
+            save_file(found, partial / file)
     (partial / "state.json").write_text(json.dumps(document, indent=1))
     for file in partial.iterdir():
         _sync(file)

@@ -9,6 +9,9 @@ from typing import Any
 LN_2 = math.log(2)
 # Two fp32 passes may round differently, by some 1e-8 in a log-prob, and beta (thousands, for images) multiplies that.
 STEP_ZERO_TOLERANCE = 1e-4
+# How far from 1 the mean ratio of policy and old policy may be before any update; passes in half precision that saw the
+# same samples in other batches differ by more.
+RATIO_TOLERANCE = {"no": 1e-5, "bf16": 0.05, "fp16": 0.01}
 # Steps whose margins are all exactly 0 before that is reported; a single one can be rounding.
 PATIENCE = 3
 # Waiting for records is worth a word above this share of the time, and this many seconds.
@@ -18,11 +21,12 @@ WAIT_SHARE, WAIT_SECONDS = 0.1, 10.0
 class Health:
     """Findings of one run. Its state travels with the checkpoints, so that a resume reports the same."""
 
-    def __init__(self, max_skipped_steps: int, at_equality: float | None):
+    def __init__(self, max_skipped_steps: int, at_equality: float | None, mixed_precision: str = "no"):
         self.findings: list[str] = []
         self.skipped_steps = 0
         self._max_skipped = max_skipped_steps
         self._at_equality = at_equality
+        self._ratio_tolerance = RATIO_TOLERANCE[mixed_precision]
         self._still = 0
         self._fresh = 0
 
@@ -42,6 +46,7 @@ class Health:
         """Looks at a step whose loss and gradient are finite."""
         if step == 0:
             self._look_at_start(loss, grad_norm)
+            self._look_at_ratio(metrics)
         if "rewards/margins" not in metrics or step == 0:
             return
         self._still = self._still + 1 if metrics["rewards/margins"] == 0 else 0
@@ -63,6 +68,15 @@ class Health:
             )
         if grad_norm == 0:
             self.findings.append("step 0: the gradient is exactly 0, so nothing is being learned (check model.lora)")
+
+    def _look_at_ratio(self, metrics: Mapping[str, float]) -> None:
+        ratio = metrics.get("ratio", 1.0)
+        if abs(ratio - 1) > self._ratio_tolerance:
+            self.findings.append(
+                f"step 0: the ratio of policy and old policy is {ratio:.6f}, not 1. Before the first update the policy "
+                "is the one that drew the samples: look for dropout, or for samples that are not replayed as they were "
+                "generated"
+            )
 
     def skip(self, step: int, reason: str, keys: Sequence[str]) -> None:
         """Records a step without an update. Raises ValueError when there were too many."""

@@ -20,8 +20,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 # samples_per_second: samples (a pair has two) over all processes; data_wait: share of the time spent waiting for
-# records; seconds: since this process began. All three cover the steps since the row before.
-TIMING = frozenset({"samples_per_second", "data_wait", "seconds"})
+# records; seconds: since this process began. All three cover the steps since the row before. Of a rollout: the seconds
+# that drawing its samples, scoring them and measuring their log-probs took, and those since then.
+TIMING = frozenset(
+    {
+        "samples_per_second",
+        "data_wait",
+        "seconds",
+        "rollout/generate_seconds",
+        "rollout/score_seconds",
+        "rollout/measure_seconds",
+        "rollout/train_seconds",
+    }
+)
 PLAIN_SECONDS = 10.0
 
 Row = dict[str, Any]

@@ -37,7 +37,8 @@ MODEL = "model"
 
 @runtime_checkable
 class Source(Protocol):
-    """Where steps come from: a RecordStream, or rollouts. Its state says which step comes next, and nothing else."""
+    """Where steps come from: a RecordStream, or rollouts. Its state says which step comes next, and nothing else: what
+    JSON can hold, and under `tensors`, where there are any, tensors by name."""
 
     @property
     def records_per_epoch(self) -> int: ...
@@ -96,8 +97,10 @@ class _Run:
     errors: Counter[str] = field(default_factory=Counter)
 
     def save(self) -> Path:
+        stream = self.stream.state_dict()
+        tensors = stream.pop("tensors", {})
         state = {
-            "stream": self.stream.state_dict(),
+            "stream": stream,
             "health": self.health.state_dict(),
             "scaler": self.updater.scaler.state_dict(),
             "errors": dict(self.errors),
@@ -108,7 +111,7 @@ class _Run:
         }
         reference, keep = self.reference.state_dict(), self.settings.keep_checkpoints
         return checkpoints.save(
-            self.folder, self.step, self.weights, self.optimizer, reference, state, self.processes, keep
+            self.folder, self.step, self.weights, self.optimizer, reference, state, self.processes, keep, tensors
         )
 
     def load(self, path: Path) -> None:
@@ -128,7 +131,7 @@ class _Run:
                 )
         checkpoints.restore(found, self.weights, self.optimizer)
         self.reference.load_state_dict(checkpoints.restored_reference(found, self.weights))
-        self.stream.load_state_dict(found.state["stream"])
+        self.stream.load_state_dict({**found.state["stream"], "tensors": found.rollout})
         self.health.load_state_dict(found.state["health"])
         self.updater.scaler.load_state_dict(found.state["scaler"])
         self.objective.load_state_dict(found.state["objective_state"])
@@ -138,7 +141,7 @@ class _Run:
     def count_errors(self, batch: Step, update: Update) -> None:
         """By kind, over all processes; they only talk about it when a row is missing."""
         if update.rows < batch.slots:
-            for kinds in self.processes.gather_objects([error.kind for error in batch.errors]):
+            for kinds in self.processes.gather_objects([error.kind for error in (*batch.errors, *update.refused)]):
                 self.errors.update(kinds)
 
 
@@ -178,7 +181,8 @@ def train(
     updater = Updater(
         modality, policy, reference, objective, optimizer, settings, geometry, processes, modality.empty_prompt
     )
-    health = Health(settings.max_skipped_steps, objective.at_equality() if reference.equal_at_start else None)
+    at_equality = objective.at_equality() if reference.equal_at_start else None
+    health = Health(settings.max_skipped_steps, at_equality, settings.mixed_precision)
     run = _Run(updater, optimizer, weights, stream, health, processes, settings, folder, objective, reference)
     if start is None:
         reference.advance(policy, run.step)
@@ -219,7 +223,7 @@ def _loop(run: _Run, policy: nn.Module, geometry: Geometry, preview: Preview, re
         while run.step < settings.max_steps and not _any(signal.received, run.processes):
             began = time.perf_counter()
             batch = next(batches)
-            waited = time.perf_counter() - began
+            waited = time.perf_counter() - began - batch.made_in
             update = run.updater(batch, learning_rate_at(settings, run.step))
             run.count_errors(batch, update)
             if update.skipped is None:
@@ -280,6 +284,7 @@ class _Recorder:
             "epoch": batch.position / run.stream.records_per_epoch,
             "loss": update.loss,
             **update.metrics,
+            **batch.metrics,
             "grad_norm": update.grad_norm,
             "learning_rate": learning_rate_at(run.settings, run.step),
             "skipped_steps": run.health.skipped_steps,

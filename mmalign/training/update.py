@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from mmalign.core.labels import Labels
 from mmalign.core.objectives import BoundObjective
 from mmalign.core.reference import Reference
-from mmalign.core.types import LogProbs, Modality, Pair, Sample
+from mmalign.core.rollout import OLD, Rollout
+from mmalign.core.types import LogProbs, Modality, Pair, Sample, Unusable
 from mmalign.data.reader import Geometry, Step
 from mmalign.training import roll
 from mmalign.training.distributed import Processes, gradient_sync, whole
@@ -45,6 +46,8 @@ class Update:
     skipped: str | None = None
     keys: list[str] = field(default_factory=list)
     overflow: bool = False
+    # samples of this process that the modality could not use; their rows were left out
+    refused: list[Unusable] = field(default_factory=list)
 
 
 @dataclass
@@ -60,6 +63,7 @@ class _Pass:
     policy: LogProbs | None = None
     reference: LogProbs | None = None
     mismatched: Tensor | None = None
+    rollout: Rollout | None = None
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -105,19 +109,20 @@ class Updater:
 
     def __call__(self, batch: Step, learning_rate: float) -> Update:
         """Raises nothing for a bad step: it is skipped, the weights stay, and the Update says why."""
-        batch = self._with_negatives(batch)
+        batch, inputs, refused = self._prepared(self._with_negatives(batch))
         counts = self._counts(batch)
         rows, samples, _ = counts.sum((0, 1)).tolist()
         if rows == 0:
-            return Update(rows, samples, skipped="no usable record in the whole batch")
+            return Update(rows, samples, skipped="no usable record in the whole batch", refused=refused)
         self._optimizer.zero_grad(set_to_none=True)
-        passes = self._passes(batch, counts)
+        passes = self._passes(batch, inputs, counts)
         sums = self._whole(passes) if self._in_one(passes) else self._by_parts(passes)
         grad_norm = self._clip()
         # One transfer from the device per step: loss, metrics and gradient norm together.
         numbers = self._processes.sum(torch.stack(list(sums.values.values())))
         loss, *means, norm = torch.cat([numbers, grad_norm[None]]).tolist()
-        update = Update(rows, samples, loss, norm, dict(zip(list(sums.values)[1:], means, strict=True)))
+        means_by_name = dict(zip(list(sums.values)[1:], means, strict=True))
+        update = Update(rows, samples, loss, norm, means_by_name, refused=refused)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._explain(update, passes)
         self._move(update, learning_rate)
@@ -134,13 +139,36 @@ class Updater:
         )
         return replace(batch, micro_batches=rolled)
 
+    def _prepared(self, batch: Step) -> tuple[Step, list[Any], list[Unusable]]:
+        """The batch without rows that the modality refuses, its inputs by micro-batch, and the refusals. Before any
+        pass, for every process must know how many rows there are."""
+        made = [self._prepare(rows) for rows in batch.micro_batches]
+        refused = [error for _, _, errors in made for error in errors]
+        kept = replace(batch, micro_batches=[rows for rows, _, _ in made]) if refused else batch
+        return kept, [inputs for _, inputs, _ in made], refused
+
+    def _prepare(self, rows: Rows, arranged: bool = True) -> tuple[Rows, Any, list[Unusable]]:
+        """The rows that are left, their inputs (None where there are none), and the refusals."""
+        refused: list[Unusable] = []
+        while rows:
+            try:
+                return rows, self._modality.prepare(_arranged(rows) if arranged else _flat(rows)), refused
+            except Unusable as error:
+                kept = [row for row in rows if all(sample.key != error.key for sample in row)]
+                if len(kept) == len(rows):
+                    raise
+                rows = kept
+                refused.append(error)
+        return rows, None, refused
+
     def _counts(self, batch: Step) -> Tensor:
         """(rank, micro-batch, 3): usable rows, samples, and what the loss is a mean over, the same on every process."""
         own = [[len(rows), sum(len(row) for row in rows)] for rows in batch.micro_batches]
-        own = [[rows, samples, self._objective.units(rows, samples)] for rows, samples in own]
+        actions = [_kept_actions(rows) for rows in batch.micro_batches]
+        own = [[*sizes, self._objective.units(*sizes, count)] for sizes, count in zip(own, actions, strict=True)]
         return self._processes.gather(torch.tensor(own, device=self._processes.device)).cpu()
 
-    def _passes(self, batch: Step, counts: Tensor) -> list[_Pass]:
+    def _passes(self, batch: Step, inputs: Sequence[Any], counts: Tensor) -> list[_Pass]:
         """The micro-batches that anyone has rows in. Where only some processes have rows, the others join in with a
         borrowed row of weight 0, for every process must make the same passes."""
         live = [index for index in range(counts.shape[1]) if counts[:, index, 0].sum() > 0]
@@ -151,7 +179,7 @@ class Updater:
         for index in live:
             rows = batch.micro_batches[index]
             place = self._geometry.first_slot(batch.position, index)
-            found.append(_Pass(place, _arranged(rows or borrowed), not rows, float(own[index])))
+            found.append(_Pass(place, _arranged(rows or borrowed), not rows, float(own[index]), inputs[index]))
             if others is not None:
                 found[-1].mismatched = self._log_ratios(others[index], place)
         return found
@@ -165,15 +193,22 @@ class Updater:
 
     def _run(self, part: _Pass) -> None:
         """Log-probs of the samples. The reference comes first: its activations are gone before the policy keeps its."""
-        part.inputs = self._modality.prepare(part.samples)
-        with self._precision():
-            part.reference = self._reference.log_prob(self._modality, self._policy, part.inputs, part.samples)
+        if part.inputs is None:
+            part.inputs = self._modality.prepare(part.samples)
+        rolled_out = self._objective.row == "rollout"
+        if not rolled_out:
+            with self._precision():
+                part.reference = self._reference.log_prob(self._modality, self._policy, part.inputs, part.samples)
         part.policy = self._policy_log_prob(part)
+        if rolled_out:
+            # Measured once, when the samples were drawn: no pass over the reference is due.
+            part.rollout = Rollout.of(part.samples, part.policy)
+            part.reference = part.rollout.reference
         with torch.no_grad():
             part.metrics = self._modality.metrics(part.inputs, *self._sides(part))
 
     def _policy_log_prob(self, part: _Pass) -> LogProbs:
-        self._seed(part.place)
+        seed_draws(self._settings.seed, part.place, self._processes.device)
         # A context of its own: autocast keeps the casts of weights, and those made without gradient must not be reused.
         with self._precision():
             return self._modality.log_prob(self._policy, part.inputs)
@@ -181,10 +216,10 @@ class Updater:
     @torch.no_grad()
     def _log_ratios(self, samples: Sequence[Sample], place: int) -> Tensor:
         """log-ratios of samples that nothing is learned from."""
-        if not samples:
+        rows, inputs, _ = self._prepare([(sample,) for sample in samples], arranged=False)
+        if not rows:
             return torch.zeros(0, device=self._processes.device)
-        part = _Pass(place, list(samples), False, 0.0)
-        part.inputs = self._modality.prepare(part.samples)
+        part = _Pass(place, _flat(rows), False, 0.0, inputs)
         with self._precision():
             reference = self._reference.log_prob(self._modality, self._policy, part.inputs, part.samples)
         assert reference is not None
@@ -198,16 +233,7 @@ class Updater:
         return Pair.split(part.policy.detach(), count), reference
 
     def _precision(self) -> torch.autocast:
-        dtype = PRECISIONS.get(self._settings.mixed_precision)
-        return torch.autocast(self._processes.device.type, dtype, enabled=dtype is not None)
-
-    def _seed(self, place: int) -> None:
-        """Dropout and the like draw from here: from the seed and the place in the stream alone, not from history."""
-        seed = hash((self._settings.seed, place)) % 2**63
-        # Not torch.manual_seed: without a GPU it keeps a stack trace of every call for later.
-        torch.default_generator.manual_seed(seed)
-        if self._processes.device.type != "cpu":
-            torch.get_device_module(self._processes.device).manual_seed(seed)
+        return precision(self._settings, self._processes.device)
 
     # -- the loss ------------------------------------------------------------------------------------------------------
 
@@ -223,7 +249,7 @@ class Updater:
                 self._run(part)
                 assert part.policy is not None
                 labels = Labels.of(part.samples, part.policy.values.device)
-                loss, metrics = self._objective(part.policy, part.reference, labels, part.mismatched)
+                loss, metrics = self._objective(part.policy, part.reference, labels, part.mismatched, part.rollout)
                 # Processes average their gradients, hence the factor.
                 share = 0.0 if part.borrowed else part.share
                 self.scaler.scale(loss * (share * self._processes.ranks)).backward()
@@ -310,10 +336,33 @@ class Updater:
         update.keys = named[:NAMED_RECORDS] + ([f"{len(named) - NAMED_RECORDS} more"] if named[NAMED_RECORDS:] else [])
 
 
+def precision(settings: TrainingSettings, device: torch.device) -> torch.autocast:
+    """The precision of forward passes, the same for every network."""
+    dtype = PRECISIONS.get(settings.mixed_precision)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+def seed_draws(seed: int, place: int, device: torch.device) -> None:
+    """Dropout and the like draw from here: from the seed and the place in the stream alone, not from history."""
+    seed = hash((seed, place)) % 2**63
+    # Not torch.manual_seed: without a GPU it keeps a stack trace of every call for later.
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
+
+
+def _kept_actions(rows: Rows) -> int:
+    """How many actions of rollouts there are, known before any pass; 0 for samples of records."""
+    return sum(len(sample.tensors[OLD]) for row in rows for sample in row if OLD in sample.tensors)
+
+
 def _arranged(rows: Rows) -> list[Sample]:
     """The samples of all rows, desirable ones first, each side in the order of the rows."""
-    samples = [sample for row in rows for sample in row]
-    return sorted(samples, key=lambda sample: sample.desirable is False)
+    return sorted(_flat(rows), key=lambda sample: sample.desirable is False)
+
+
+def _flat(rows: Rows) -> list[Sample]:
+    return [sample for row in rows for sample in row]
 
 
 def _wide(values: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ then added. Some keys are not parameters of the function but say how the loop fe
     kl                 kto: estimated from mismatched prompts and answers, or from the batch itself
     condition_dropout  cca: the share of rows that see no prompt, positive and negative alike
 
+Policy gradients read what was kept of rollouts (`mmalign.core.rollout`) in the place of labels.
 Refused, before anything is loaded: unknown names and keys, values out of range, lists that ask for different records.
 """
 
@@ -31,8 +32,10 @@ from mmalign.core.objectives.labelled import LABELLED, LABELLED_BATCH_DEPENDENT
 from mmalign.core.objectives.listwise import LISTWISE, LISTWISE_REFERENCE_FREE
 from mmalign.core.objectives.paired import CHOSEN_ONLY, PAIRED, PAIRED_BATCH_DEPENDENT, PAIRED_REFERENCE_FREE
 from mmalign.core.objectives.policy_gradient import POLICY_GRADIENT
+from mmalign.core.rollout import Rollout
 from mmalign.core.types import LogProbs, Pair
 
+# Those that learn from records. `policy_gradient` is the family of those that learn from rollouts.
 FAMILIES: Mapping[str, Mapping[str, Callable[..., Result]]] = {
     "paired": PAIRED,
     "labelled": LABELLED,
@@ -44,8 +47,12 @@ REFERENCE_FREE = PAIRED_REFERENCE_FREE | LISTWISE_REFERENCE_FREE
 BATCH_DEPENDENT = PAIRED_BATCH_DEPENDENT | LABELLED_BATCH_DEPENDENT | {"bco_pair"}
 # The negatives of these are their own samples under the prompt of another row.
 ROLLED = frozenset({"cca"})
+# A mean over all actions of a batch: a micro-batch counts by the actions it has.
+TOKEN_MEANS = frozenset({"ppo", "dapo", "ddpo"})
+# The parameters with which a policy gradient asks for a reference, unless they are 0.
+ANCHORS = ("kl_beta", "tau")
 
-Row = Literal["pair", "liked", "labelled", "ranked"]
+Row = Literal["pair", "liked", "labelled", "ranked", "rollout"]
 
 
 @dataclass
@@ -75,7 +82,17 @@ class Term:
 
     @property
     def function(self) -> Callable[..., Result]:
-        return FAMILIES[self.family][self.name]
+        return POLICY_GRADIENT[self.name] if self.family == "policy_gradient" else FAMILIES[self.family][self.name]
+
+    @property
+    def needs_reference(self) -> bool:
+        if self.family == "policy_gradient":
+            return any(self.parameters.get(key, 0) > 0 for key in ANCHORS)
+        return self.name not in REFERENCE_FREE
+
+    @property
+    def is_token_mean(self) -> bool:
+        return self.name in TOKEN_MEANS or self.parameters.get("aggregate") == "token_mean"
 
     @functools.cached_property
     def data(self) -> frozenset[str]:
@@ -84,8 +101,15 @@ class Term:
         return frozenset(item.name for item in found if item.kind is not inspect.Parameter.KEYWORD_ONLY)
 
     def __call__(
-        self, policy: LogProbs, reference: LogProbs | None, labels: Labels, mismatched: Tensor | None
+        self,
+        policy: LogProbs,
+        reference: LogProbs | None,
+        labels: Labels,
+        mismatched: Tensor | None,
+        rollout: Rollout | None = None,
     ) -> Result:
+        if self.family == "policy_gradient":
+            return self._on_rollout(policy, rollout)
         kind = labels.desirable
         extra: dict[str, Any] = {}
         if "shift" in self.data:
@@ -104,6 +128,15 @@ class Term:
             return self.function(policy, reference, kind, **extra, **self.parameters)
         return self.function(policy, reference, labels.score, labels.group, **self.parameters)
 
+    def _on_rollout(self, policy: LogProbs, rollout: Rollout | None) -> Result:
+        if rollout is None:
+            raise ValueError(
+                f"objective {self.name} learns from its own rollouts, and these samples are not rolled out"
+            )
+        if self.needs_reference and rollout.reference is None:
+            raise ValueError(f"objective {self.name} has a KL term, but its rollouts have no reference; set reference")
+        return self.function(policy, rollout.old, rollout.advantage, rollout.reference, **self.parameters)
+
     def _shift(self, policy: LogProbs, reference: LogProbs | None) -> float:
         if self.feed["shift"] != "running":
             return float(self.feed["shift"])
@@ -116,13 +149,14 @@ class BoundObjective:
 
     Called as `objective(policy, reference, labels)` on the rows of a micro-batch, or of a global batch where
     `whole_batch` says that the loss does not come apart. `row` is what one record must become, `roll` what is made of
-    the prompts of other rows: the `negatives` of each row, or `mismatched` samples whose log-ratios kto wants.
+    the prompts of other rows: the `negatives` of each row, or `mismatched` samples whose log-ratios kto wants. A row of
+    `rollout` is one sample of the policy itself; the log-probs that go with it are in `rollout`.
     """
 
     def __init__(self, terms: Sequence[Term]):
         self.terms = tuple(terms)
         self.name = "+".join(term.name for term in terms)
-        self.needs_reference = any(term.name not in REFERENCE_FREE for term in terms)
+        self.needs_reference = any(term.needs_reference for term in terms)
         self.row: Row = _row(terms)
         self.condition_dropout = max([float(term.feed.get("condition_dropout", 0)) for term in terms])
         self.roll: Literal["negatives", "mismatched"] | None = None
@@ -135,10 +169,12 @@ class BoundObjective:
     @property
     def samples_per_row(self) -> int:
         """How many samples of a record are in memory together; ranked records have as many as they have scores."""
-        return 1 if self.row == "liked" and self.roll is None else 2
+        return 1 if self.row == "rollout" or (self.row == "liked" and self.roll is None) else 2
 
-    def units(self, rows: int, samples: int) -> int:
-        """What the loss is a mean over: pairs, samples or groups."""
+    def units(self, rows: int, samples: int, actions: int = 0) -> int:
+        """What the loss is a mean over: pairs, samples, groups, or the actions of rollouts."""
+        if self.row == "rollout":
+            return actions if any(term.is_token_mean for term in self.terms) else samples
         return samples if self.row == "labelled" or self.roll == "negatives" else rows
 
     def __call__(
@@ -147,12 +183,13 @@ class BoundObjective:
         reference: LogProbs | None,
         labels: Labels,
         mismatched: Float[Tensor, " other"] | None = None,
+        rollout: Rollout | None = None,
     ) -> Result:
         if len(self.terms) == 1 and self.terms[0].weight == 1:
-            return self.terms[0](policy, reference, labels, mismatched)
+            return self.terms[0](policy, reference, labels, mismatched, rollout)
         total, metrics = torch.zeros((), dtype=policy.values.dtype, device=policy.values.device), {}
         for term in self.terms:
-            loss, numbers = term(policy, reference, labels, mismatched)
+            loss, numbers = term(policy, reference, labels, mismatched, rollout)
             total = total + term.weight * loss
             # Rewards and log-probs are those of the first objective that has them.
             metrics = numbers | metrics | {f"loss/{term.name}": loss.detach()}
@@ -161,7 +198,7 @@ class BoundObjective:
     def at_equality(self) -> float | None:
         """The loss where policy and reference agree, e.g. ln 2 for dpo: what step 0 must show for records of weight 1.
         None where it depends on the samples."""
-        if not self.needs_reference:
+        if not self.needs_reference or self.row == "rollout":
             return None
         probe = BoundObjective([replace(term, rewards=RunningMean()) for term in self.terms])
         found = [float(probe(rows, rows, labels)[0]) for rows, labels in _probes(self.row, self.roll == "negatives")]
@@ -201,20 +238,21 @@ def bind_objective(section: Mapping[str, Any] | Sequence[Any]) -> BoundObjective
         raise ValueError(f"objective is {section!r}; expected name: dpo and its parameters, or a list of such sections")
     objective = BoundObjective([_term(item) for item in sections])
     for rows, labels in _probes(objective.row, objective.roll == "negatives"):
-        objective(rows, rows, labels)
+        objective(rows, rows, labels, rollout=Rollout(rows, labels.score.to(rows.values.dtype), rows))
     objective.load_state_dict({"rewards": [[0.0, 0]] * len(objective.terms)})
     return objective
 
 
 def _term(section: Mapping[str, Any]) -> Term:
     name = str(section.get("name"))
-    family = next((family for family, table in FAMILIES.items() if name in table), None)
+    families = {**FAMILIES, "policy_gradient": POLICY_GRADIENT}
+    family = next((family for family, table in families.items() if name in table), None)
     if family is None:
-        if name in POLICY_GRADIENT:
-            raise ValueError(f"objective.name is {name}, which learns from its own rollouts, not from records")
-        names = [key for table in FAMILIES.values() for key in table]
+        names = [key for table in families.values() for key in table]
         raise ValueError(f"objective.name is {name!r}; {_nearest(name, names)}")
-    signature = inspect.signature(FAMILIES[family][name]).parameters
+    if name == "d3po":
+        raise ValueError("objective.name is d3po, which learns from two trajectories of one noise; rollouts are single")
+    signature = inspect.signature(families[family][name]).parameters
     defaults = {key: item.default for key, item in signature.items() if item.kind is inspect.Parameter.KEYWORD_ONLY}
     feeds = _feeds(name, frozenset(signature))
     parameters, feed = dict(defaults), {key: choices[0] for key, choices in feeds.items()}
@@ -261,6 +299,10 @@ def _row(terms: Sequence[Term]) -> Row:
     """What a record must become so that every term can read it."""
     families = {term.family for term in terms}
     names = ", ".join(term.name for term in terms)
+    if families == {"policy_gradient"}:
+        return "rollout"
+    if "policy_gradient" in families:
+        raise ValueError(f"objective: {names}: policy gradients learn from rollouts, the others from records")
     if "listwise" in families and len(families) > 1:
         raise ValueError(f"objective: {names} ask for different records: ranked answers, and pairs or labels")
     if any(term.name in ROLLED for term in terms):
@@ -282,6 +324,7 @@ def _probes(row: Row, rolled: bool) -> list[tuple[LogProbs, Labels]]:
         "liked": ((True, False), (True, True, False, True)) if rolled else ((True,), (True, True)),
         "labelled": ((True, False), (True, False, False)),
         "ranked": ((True, True), (True, True, True)),
+        "rollout": ((True, True), (True, True, True)),
     }
     return [_probe(desirable, shift) for desirable, shift in zip(shapes[row], (0.0, 0.5), strict=True)]
 

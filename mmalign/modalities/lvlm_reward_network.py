@@ -1,0 +1,147 @@
+"""A linear head on the hidden states of a vision-language model: the network of reward models and of value models.
+
+The language model learns through adapters; its output layer is gone. Heads start at zero, so that the first loss of a
+classifier is exactly ln 3, that of Bradley-Terry ln 2, and the first values of a critic 0. On disk a network is a PEFT
+adapter with the head in a file beside it. Refused: a folder of another model, or with another number of outputs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mmalign.core.types import LogProbs
+from mmalign.modalities import lvlm
+from mmalign.modalities.lvlm import LvlmModality
+from mmalign.modalities.lvlm_layout import LvlmInputs
+from mmalign.modalities.lvlm_loading import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    LanguageNetwork,
+    LvlmLoraSettings,
+    LvlmSettings,
+)
+
+HEAD_FILE = "reward_head.safetensors"
+ADAPTERS = LvlmLoraSettings(rank=64, alpha=16.0)
+
+
+class RewardNetwork(nn.Module):
+    """A language network without its output layer, and a linear head in fp32 on its hidden states."""
+
+    def __init__(self, language: LanguageNetwork, outputs: int):
+        super().__init__()
+        self.language = language
+        embeddings: Any = language.body.get_input_embeddings()  # pyright: ignore[reportCallIssue]
+        self.head = nn.Linear(embeddings.embedding_dim, outputs, device=embeddings.weight.device)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, inputs: LvlmInputs, states: str = "token") -> Float[Tensor, "sample action output"]:
+        """At each action's own token, or at the place that predicts it ("predictor")."""
+        hidden = self.language(inputs, states=states)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.head(hidden.float())
+
+
+def load(
+    settings: LvlmSettings,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    *,
+    outputs: int,
+    saved: str | Path | None = None,
+    samples: int = 1,
+    seed: int = 0,
+) -> tuple[LvlmModality, RewardNetwork]:
+    """The frozen parts of a model and a reward network on it: 3 outputs for segments, 1 for sequences and values.
+
+    `saved` is a folder that `export` wrote, read into adapters of its rank; otherwise the adapters are those of
+    `model.lora`, rank 64 and alpha 16 by default.
+    """
+    if saved is not None:
+        described = _read_config(Path(saved))
+        lora = replace(settings.lora or ADAPTERS, rank=described["r"], alpha=float(described["lora_alpha"]))
+    else:
+        lora = settings.lora or ADAPTERS
+    settings = replace(settings, lora=lora)
+    base, network = lvlm.load(settings, device, dtype, samples=samples, frozen_copy=False, seed=seed)
+    language = LanguageNetwork(network.body, None, network.family, network.chunk)
+    reward = RewardNetwork(language, outputs).train()
+    if saved is not None:
+        _read_weights(reward, base, Path(saved))
+    return base, reward
+
+
+def value_network(network: RewardNetwork) -> RewardNetwork:
+    """A value model that starts from a reward model: its adapters, and a new head for one number per token."""
+    language = copy.deepcopy(network.language)
+    return RewardNetwork(language, 1).train(network.training)
+
+
+def values_of(base: LvlmModality) -> Callable[[nn.Module, LvlmInputs], LogProbs]:
+    """How a critic reads a value network: the value of a state is read where the next token is predicted."""
+
+    def values(network: nn.Module, inputs: LvlmInputs) -> LogProbs:
+        return LogProbs(base.states(network, inputs, "predictor")[..., 0], inputs.weight)
+
+    return values
+
+
+def save(network: nn.Module, base: LvlmModality, folder: Path) -> None:
+    """The adapters as PEFT reads them, and the head in a file beside them. To be called on every rank."""
+    from safetensors.torch import save_file
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    reward: Any = network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
+    base.export(reward.language, folder)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    head: dict[str, Any] = get_model_state_dict(reward.head, options=options)
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        save_file({name: weight.contiguous() for name, weight in head.items()}, folder / HEAD_FILE)
+
+
+@contextlib.contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Without dropout, for the length of a block."""
+    training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(training)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, HEAD_FILE):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"no {name} in {folder}; expected the folder of a trained reward model")
+    return json.loads((folder / ADAPTER_CONFIG).read_text())
+
+
+def _read_weights(network: RewardNetwork, base: LvlmModality, folder: Path) -> None:
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    prefix = f"base_model.model.model.{base.family.language}."
+    weights = {name.removeprefix(prefix): value for name, value in load_file(folder / ADAPTER_WEIGHTS).items()}
+    body: Any = network.language.body
+    fitted = set_peft_model_state_dict(body, weights)
+    if fitted.unexpected_keys:
+        raise ValueError(f"{folder} does not fit model.path: it has weights such as {fitted.unexpected_keys[0]}")
+    head = load_file(folder / HEAD_FILE)
+    outputs = len(head["bias"])
+    if outputs != network.head.out_features:
+        raise ValueError(
+            f"{folder} has {outputs} outputs, expected {network.head.out_features}: 3 for segments, 1 for a whole"
+        )
+    network.head.load_state_dict(head)

@@ -1,0 +1,96 @@
+"""Records for vision-language models: one picture, several, none; responses of unequal lengths; pairs and groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mmalign.core.types import Sample
+from mmalign.modalities import lvlm, tiny_lvlm
+from mmalign.modalities.lvlm import LvlmModality, LvlmSettings
+from mmalign.modalities.lvlm_loading import LoadedModel, load_model, load_parts
+
+CPU = torch.device("cpu")
+PROMPTS: list[tuple[Any, tuple[tuple[int, int], ...]]] = [
+    ("what is this?", ((20, 24),)),
+    (
+        [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "this?"}]},
+            {"role": "assistant", "content": [{"type": "text", "text": "a hat"}]},
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "and compared to this picture?"}]},
+        ],
+        ((18, 30), (40, 16)),
+    ),
+    ("say the red thing", ()),
+]
+RESPONSES = [("a red circle in the middle", "the re"), ("no", "they are rather different"), ("good day", "x")]
+
+
+@cache
+def picture(height: int, width: int, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng([seed, height, width]).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def sample(number: int, text: str, desirable: bool | None = None) -> Sample:
+    prompt, sizes = PROMPTS[number]
+    pictures = tuple(picture(*size) for size in sizes)
+    return Sample(
+        f"{number:06d}", prompt, group=number, draw=number, prompt_images=pictures, text=text, desirable=desirable
+    )
+
+
+def pairs() -> list[Sample]:
+    """Three pairs: the chosen samples, then the rejected ones."""
+    return [sample(number, RESPONSES[number][side], side == 0) for side in (0, 1) for number in range(len(PROMPTS))]
+
+
+def group_of(count: int) -> list[Sample]:
+    """Different responses to one prompt with a picture."""
+    return [sample(0, "red blue the"[: 2 + number] + str(number)) for number in range(count)]
+
+
+@dataclass
+class Loaded:
+    """A tiny model of a family: whole as transformers has it, and as it is trained here."""
+
+    settings: LvlmSettings
+    whole: Any
+    parts: LoadedModel
+
+    @staticmethod
+    def of(family: str, folder: Path, attention: str = "sdpa") -> Loaded:
+        return Loaded.at(tiny_lvlm.FAMILIES[family](folder), attention)
+
+    @staticmethod
+    def at(folder: Path, attention: str = "sdpa") -> Loaded:
+        settings = LvlmSettings(path=str(folder), attention=attention)
+        parts = load_parts(settings, CPU, torch.float32, 2, "adamw", False, 0, 1)
+        return Loaded(settings, load_model(settings, torch.float32), parts)
+
+    def modality(self, **changed: Any) -> LvlmModality:
+        return LvlmModality(replace(self.settings, **changed), self.parts, CPU, torch.float32)
+
+    @property
+    def network(self) -> lvlm.LanguageNetwork:
+        return self.parts.network
+
+    def logits(self, item: Sample) -> tuple[Tensor, Tensor]:
+        """What the whole model says at each response token, (action, vocabulary), and the tokens."""
+        prompts = self.modality().prompts
+        prompt = prompts.prompt(item.prompt, item.prompt_images)
+        response = prompts.response(prompt, item.text).ids
+        inputs: dict[str, Tensor] = dict(prompt.vision)
+        if prompt.types is not None:
+            inputs[prompt.types_name] = torch.cat([prompt.types, torch.zeros_like(response)])[None]
+        ids = torch.cat([prompt.ids, response])[None]
+        with torch.no_grad():
+            logits = self.whole(input_ids=ids, attention_mask=torch.ones_like(ids), **inputs).logits[0]
+        return logits[len(prompt.ids) - 1 : -1].float(), response
