@@ -442,7 +442,7 @@ def measure(model, processor, count: int, seed: int, split: str = "test") -> dic
     alone = [tally([pair]) for pair in zip(texts, scenes, strict=True)]
     for kind in KINDS:
         stating = [one for one in alone if one.stated[kind]]
-        false, stated = [one.false[kind] for one in stating], [one.stated[kind] for one in stating]
+        false, stated = (np.array([getattr(one, name)[kind] for one in stating]) for name in ("false", "stated"))
         row[kind] = str(share_interval(false, stated, range(len(stating)))) if stating else "nothing stated"
     row |= {"coverage": found.coverage, "malformed": found.malformed_rate, "repeated": found.repeated}
     row["words"] = sum(len(text.split()) for text in texts) / count

@@ -124,10 +124,18 @@ def test_the_pause_doubles_has_a_limit_and_heeds_the_server(server):
     assert [asker._pause(State(attempt, Asks())) for attempt in (1, 4)] == [7, 8]
 
 
-def test_a_question_without_an_answer_in_time_is_counted_and_the_rest_goes_on(server):
-    server.faults = ["silence", "silence", None]
-    found = answers(judge(server, concurrent=1, timeout=0.5, retries=1), asked(3))
-    assert [answer.failure for answer in found] == ["timeout", None, None]
+def test_questions_without_an_answer_in_time_are_counted_and_asked_again_by_the_next_run(server, tmp_path):
+    server.faults = ["silence"] * 4
+    impatient = judge(server, concurrent=1, timeout=0.2, retries=1)
+    found = answers(Journalled(impatient, Journal(tmp_path), ""), asked(2))
+    # both are asked, each of them twice
+    assert [answer.failure for answer in found] == ["timeout", "timeout"]
+    assert len(server.requests) == 4
+    assert len(Journal(tmp_path)) == 0
+    server.release.set()
+    found = answers(Journalled(judge(server), Journal(tmp_path), ""), asked(2))
+    assert [answer.failure for answer in found] == [None, None]
+    assert len(Journal(tmp_path)) == 2
 
 
 def test_answers_that_are_none_are_failures(server):

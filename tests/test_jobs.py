@@ -10,7 +10,7 @@ import torch
 
 import mmalign
 from mmalign.data import Candidate, Manifest, Record, ShardWriter
-from mmalign.jobs import generate, judge, models
+from mmalign.jobs import judge, models
 from mmalign.jobs.shards import by_name, remaining
 from mmalign.jobs.sources import device_of
 from mmalign.modalities import tiny

@@ -11,7 +11,6 @@ import contextlib
 import io
 import json
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -53,8 +52,8 @@ class TinyModel:
 
 
 class TinyServer:
-    """`faults` says what happens to the next requests, one each: a status, "silence", a key of ODDITIES, or
-    None for an answer.
+    """`faults` says what happens to the next requests, one each: a status, "silence" (until `release` is set), a
+    key of ODDITIES, or None for an answer.
 
     `refuses` names fields of a request that are answered with status 400; `key`, where set, is the only one that is
     let in. `requests` holds the bodies that came, `most` how many were under way at a time.
@@ -68,7 +67,7 @@ class TinyServer:
         self.headers: dict[str, str] = {}
         self.requests: list[dict[str, Any]] = []
         self.under_way, self.most = 0, 0
-        self.lock = threading.Lock()
+        self.lock, self.release = threading.Lock(), threading.Event()
         self.url = ""
 
     def respond(self, body: dict[str, Any], key: str) -> tuple[int, dict[str, Any] | str]:
@@ -80,7 +79,7 @@ class TinyServer:
         if body["model"] != "tiny":
             return 404, _error(f"The model {body['model']} does not exist")
         if fault == "silence":
-            time.sleep(2)
+            self.release.wait(600)
         elif fault in ODDITIES:
             return 200, ODDITIES[fault]
         elif fault is not None:
@@ -156,6 +155,7 @@ def serving(model: TinyModel) -> Iterator[TinyServer]:
     try:
         yield state
     finally:
+        state.release.set()
         server.shutdown()
         server.server_close()
         thread.join()

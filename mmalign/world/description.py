@@ -261,7 +261,7 @@ def true_facts(scene: Scene) -> set[object]:
     """What a full description says: each shape, each shape's colours, and that each two objects are related."""
     named = {(thing.shape, thing.colour) for thing in scene.objects}
     pairs = {frozenset((first, second)) for first in named for second in named if first != second}
-    return {shape for shape, _ in named} | named | pairs
+    return {*(shape for shape, _ in named), *named, *pairs}
 
 
 def coverage(text: str, scene: Scene) -> float:
