@@ -12,7 +12,7 @@ from mmalign.config import build
 from mmalign.data import ShardWriter
 from mmalign.jobs import doctor
 from mmalign.modalities import memory, tiny
-from mmalign.modalities.diffusion_loading import read_config
+from mmalign.modalities.diffusion_loading import DiffusionSettings, read_config
 from tests.data_sets import pair
 
 
@@ -71,6 +71,7 @@ def test_a_vae_weighs_what_it_weighs(config):
     from diffusers import AutoencoderKL
 
     settings = build(doctor.Settings, config).model
+    assert isinstance(settings, DiffusionSettings)
     found = read_config(settings.path)
     frozen = [
         memory.estimate(settings, found, torch.float32, 2, "adamw", True, need_vae).frozen for need_vae in (False, True)

@@ -38,9 +38,10 @@ def test_processes_draw_texts_of_their_own_number_and_length(two_processes, name
 @pytest.mark.parametrize("name", CASES)
 def test_exports_are_whole(two_processes, name):
     model, folder, _ = two_processes
-    keys = {"path": str(model), "adapter": str(folder / name)} if "lora" in name else {"path": str(folder / name)}
+    whole = lvlm.LvlmSettings(path=str(folder / name))
+    exported = lvlm.LvlmSettings(path=str(model), adapter=str(folder / name)) if "lora" in name else whole
     values = []
-    for settings in (lvlm.LvlmSettings(path=str(model)), lvlm.LvlmSettings(**keys)):
+    for settings in (lvlm.LvlmSettings(path=str(model)), exported):
         modality, network = lvlm.load(settings, CPU)
         with torch.no_grad():
             values.append(modality.log_prob(network, modality.prepare(pairs())).values)
