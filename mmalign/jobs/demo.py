@@ -3,7 +3,7 @@
     mmalign demo diffusion             one training seed, 256 held-out prompts; some eight minutes on two busy cores
     mmalign demo diffusion --quick     the same at a small size, one minute; shows that it works, proves little
     mmalign demo diffusion --full      three seeds, 1,024 prompts, plain fine-tuning beside it: the README's table
-    mmalign demo objectives            one objective beside the other, three seeds each, the same budget
+    mmalign demo objectives            13 objectives, three seeds each, the same budget; 41 minutes
     mmalign demo lvlm                  fine-grained feedback against hallucination: reward models, then PPO
 
 What is made stays in the folder of the demo; a second call goes on where the first one stopped.
